@@ -1,0 +1,127 @@
+"""The whole chain through papermill on the tiny phantom: contracts, resume, failures."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+from conftest import PROJECT
+
+from ich_fastai.labels import LABELS
+
+NOTEBOOKS = [p.stem for p in sorted((PROJECT / "nbs").glob("0*.ipynb"))]
+LOGITS = [f"logit_{label}" for label in LABELS]
+
+
+def test_the_chain_runs_and_prints_headline_and_report(tiny_run):
+    run_dir, done = tiny_run
+    assert re.search(r"Report: \S*index\.html", done.stdout)
+    assert "synthetic" in done.stdout and "any" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert [line.split()[0] for line in done.stdout.splitlines() if re.match(r"\d\d_", line)] == NOTEBOOKS
+
+
+def test_the_parameters_arrived_in_each_notebook(tiny_run):
+    run_dir, _ = tiny_run
+    for name in NOTEBOOKS:
+        cells = json.loads((run_dir / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+        tags = [c["metadata"].get("tags", []) for c in cells]
+        assert sum("parameters" in t for t in tags) == 1
+        assert tags.index(["injected-parameters"]) == next(i for i, t in enumerate(tags) if "parameters" in t) + 1, "injected after the defaults"
+
+
+def test_cohort_and_predictions_keep_their_contracts(tiny_run):
+    run_dir, _ = tiny_run
+    slices, cohort, predictions = (pd.read_parquet(run_dir / f"{name}.parquet") for name in ("slices", "cohort", "predictions"))
+    assert cohort["SOPInstanceUID"].is_unique and predictions["SOPInstanceUID"].is_unique
+    assert slices["error"].notna().any(), "the phantom's truncated file is a row with its error"
+    assert set(predictions["SOPInstanceUID"]) <= set(cohort["SOPInstanceUID"])
+    assert cohort.groupby("PatientID")["fold"].nunique().max() == 1
+    both = predictions.merge(cohort, on="SOPInstanceUID", suffixes=("", "_cohort"))
+    assert (both["fold"] == both["fold_cohort"]).all() and (both["PatientID"] == both["PatientID_cohort"]).all()
+    for fold in predictions["fold"].unique():
+        assert set(cohort.loc[cohort["fold"] == fold, "SOPInstanceUID"]) == set(predictions.loc[predictions["fold"] == fold, "SOPInstanceUID"]), (
+            "the natural mix"
+        )
+    assert predictions[[*LABELS, *LOGITS]].notna().all().all()
+
+
+def test_no_pickles_and_a_complete_manifest(tiny_run):
+    run_dir, _ = tiny_run
+    assert not [p for p in run_dir.rglob("*") if p.suffix in (".pkl", ".pickle", ".joblib")]
+    assert (run_dir / "model" / "weights.safetensors").is_file()
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    assert set(manifest["seconds"]) == set(NOTEBOOKS) and manifest["synthetic"]
+    assert re.fullmatch(r"[0-9a-f]{64}", manifest["inputs"]["labels_sha256"]) and manifest["inputs"]["dicom_files"] > 0
+    assert manifest["versions"]["torch"] and manifest["parameters"]["n_patients"]
+
+
+def test_every_reported_number_has_n_prevalence_and_interval(tiny_run):
+    run_dir, _ = tiny_run
+    metrics = pd.read_csv(run_dir / "metrics.csv")
+    assert metrics["value"].notna().any()
+    known = metrics[metrics["value"].notna()]
+    assert known[["n", "n_patients", "prevalence"]].notna().all().all()
+    assert metrics.loc[metrics["value"].isna(), "note"].str.len().gt(0).all(), "an undefined number says why"
+    assert (known["low"].fillna(known["value"]) <= known["high"].fillna(known["value"])).all()
+
+
+def test_the_report_is_plain_html_with_its_notices(tiny_run):
+    run_dir, _ = tiny_run
+    pages = [run_dir / "index.html", *(run_dir / "notebooks" / f"{name}.html" for name in NOTEBOOKS)]
+    for page in pages:
+        text = page.read_text()
+        assert "<script" not in text and "data is synthetic" in text and "Not a medical device" in text
+        assert not re.search(r'(?:src|<link[^>]*href)="https?://', text)
+    index = pages[0].read_text()
+    for target in re.findall(r'(?:href|src)="((?!http)[^"#]+)"', index):
+        assert (run_dir / target).is_file(), target
+    assert re.search(r"<td>nan</td>", index) is None
+
+
+def test_resume_refuses_other_parameters_and_skips_what_is_done(tiny_run, command):
+    run_dir, _ = tiny_run
+    done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir, "--resume", "--set", "seed=7")
+    assert done.returncode == 1 and "cannot resume with other parameters (seed)" in done.stderr
+    before = (run_dir / "predictions.parquet").stat().st_mtime_ns
+    done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir, "--resume")
+    assert done.returncode == 0 and (run_dir / "predictions.parquet").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--preset", "nothing"], "no such preset; there are demo, paper, tiny"),
+        (["--preset", "tiny", "--set", "epoch=3"], "parameter epoch: no notebook declares it"),
+        (["--preset", "tiny", "--set", "epochs=many"], "is not of type int"),
+        (["--preset", "tiny", "--set", "epochs"], "write it as name=value"),
+        (["--preset", "tiny", "--from", "17"], "no such notebook"),
+        (["--preset", "tiny", "--from", "05", "--until", "02"], "comes after"),
+        (["--preset", "paper"], "--data"),
+        (["--preset", "paper", "--data", "nowhere"], "nowhere: no such folder"),
+        (["--preset", "tiny", "--data", "{empty}"], "has no stage_1_train.csv"),
+        (["--preset", "tiny", "--out", "{file}/run"], "cannot be written"),
+        (["--preset", "tiny", "--resume", "--out", "{empty}/fresh"], "nothing to resume"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(command, tmp_path, arguments, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    done = command("ich-reproduce", *(a.format(empty=tmp_path / "empty", file=tmp_path / "file") for a in arguments))
+    assert done.returncode == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_failing_notebook_names_cell_and_error_and_resumes(command, tiny_run, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "stage_1_train_images").symlink_to(tiny_run[0] / "data" / "stage_1_train_images")
+    labels = (tiny_run[0] / "data" / "stage_1_train.csv").read_text()
+    (data / "stage_1_train.csv").write_text(labels.replace("epidural,", "extradural,", 1))
+    arguments = ["--preset", "tiny", "--data", data, "--out", tmp_path / "run", "--until", "00"]
+    done = command("ich-reproduce", *arguments)
+    assert done.returncode == 1 and re.search(r"00_labels, cell \d+: .*stage_1_train\.csv: 1 slice with a row that is not", done.stderr)
+    assert "Traceback" not in done.stderr
+    (data / "stage_1_train.csv").write_text(labels)
+    done = command("ich-reproduce", *arguments, "--resume")
+    assert done.returncode == 0 and (tmp_path / "run" / "labels.parquet").is_file() and (tmp_path / "run" / "index.html").is_file()

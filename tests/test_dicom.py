@@ -1,0 +1,188 @@
+"""`read_slice` against independent decoders, in every encoding, and on broken bytes."""
+
+import io
+import os
+import warnings
+import zlib
+
+import numpy as np
+import pydicom
+import pytest
+from dicom_files import HEAD, make_dataset, make_file, plain_variants, to_bytes
+from pydicom import uid
+
+from ich_fastai import dicom
+from ich_fastai.dicom import DicomError, read_slice, slice_position, walk_header
+
+PLAIN = plain_variants()
+
+
+def pydicom_hu(data):
+    "HU as pydicom gives them, rounded and clipped; without the repair."
+    with warnings.catch_warnings(action="ignore"):
+        ds = pydicom.dcmread(io.BytesIO(data))
+        slope, intercept = (float(np.atleast_1d(ds[k].value)[0]) for k in ("RescaleSlope", "RescaleIntercept"))
+        return np.clip(np.rint(ds.pixel_array.astype(float) * slope + intercept), -32768, 32767)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_walker_equals_pydicom(name):
+    data = memoryview(PLAIN[name])
+    plain, reference = dicom._decode_plain(data), dicom._decode_pydicom(data)
+    if plain is not None:
+        assert plain[0] == reference[0]
+        assert plain[1].dtype == reference[1].dtype
+        np.testing.assert_array_equal(plain[1], reference[1])
+    hu, record = read_slice(PLAIN[name])
+    assert hu.dtype == np.int16 and np.isfinite(record["brain_fraction"])
+    if not record["repaired"]:
+        np.testing.assert_array_equal(hu, pydicom_hu(PLAIN[name]))
+
+
+def test_the_walker_reads_what_rsna_has_and_leaves_the_rest():
+    taken = {name for name, data in PLAIN.items() if walk_header(memoryview(data)) is not None}
+    assert {"explicit", "implicit", "12 bits unsigned", "12 bits signed", "12 bits, unused bits set", "private", "several slopes"} <= taken
+    assert not {"8 bits", "32 bits", "umlaut", "two patients", "padding after", "pixels as OB", "too long", "high bit 11 of 16"} & taken
+
+
+def test_the_46_real_slices_equal_simpleitk_to_the_last_unit(real_data):
+    sitk = pytest.importorskip("SimpleITK")
+    sitk.ProcessObject_SetGlobalWarningDisplay(False)
+    paths = sorted((real_data / "rsna" / "stage_1_train_images").glob("*.dcm"))
+    assert len(paths) == 46
+    for path in paths:
+        hu, record = read_slice(path)
+        assert not record["repaired"], "none of the 46 is wrapped, so there is nothing to compare apart"
+        np.testing.assert_array_equal(hu, sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0], err_msg=path.name)
+        assert walk_header(dicom.read_file(path)[0]) is not None, "a real slice took the long way"
+        assert dicom._decode_plain(dicom.read_file(path)[0])[0] == dicom._decode_pydicom(dicom.read_file(path)[0])[0]
+
+
+def test_cq500_equals_simpleitk(real_data):
+    sitk = pytest.importorskip("SimpleITK")
+    for path in sorted((real_data / "cq500").glob("*.dcm")):
+        np.testing.assert_array_equal(read_slice(path)[0], sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0], err_msg=path.name)
+
+
+def gdcm_encode(data, syntax, folder):
+    "A file compressed by GDCM, which writes the JPEG family; `syntax` is a name of gdcm.TransferSyntax."
+    import gdcm
+
+    source, target = folder / "plain.dcm", folder / f"{syntax}.dcm"
+    source.write_bytes(data)
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(source))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFileName(str(target))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+    return target.read_bytes()
+
+
+JPEG = {  # GDCM's name: pydicom's
+    "JPEGLosslessProcess14": "JPEGLossless", "JPEGLosslessProcess14_1": "JPEGLosslessSV1", "JPEGLSLossless": "JPEGLSLossless",
+    "JPEG2000Lossless": "JPEG2000Lossless",
+}
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("syntax", JPEG)
+def test_compressed_by_gdcm(syntax, signed, tmp_path):
+    data = make_file(HEAD - 500) if signed else make_file(HEAD.astype(np.uint16), BitsStored=12)
+    packed = gdcm_encode(data, syntax, tmp_path)
+    assert dicom._find_syntax(memoryview(packed))[0] == getattr(uid, JPEG[syntax])
+    np.testing.assert_array_equal(read_slice(packed)[0], read_slice(data)[0])
+
+
+@pytest.mark.parametrize("name", ["ExplicitVRBigEndian", "DeflatedExplicitVRLittleEndian", "RLELossless"])
+def test_other_syntaxes(name):
+    ds = make_dataset()
+    if name == "RLELossless":
+        ds.compress(uid.RLELossless)
+    ds.file_meta.TransferSyntaxUID = getattr(uid, name)
+    if name == "ExplicitVRBigEndian":
+        ds.PixelData = HEAD.astype(">i2").tobytes()
+    np.testing.assert_array_equal(read_slice(to_bytes(ds))[0], HEAD - 1024)
+
+
+def test_a_modality_lut_gives_hu():
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [4, 0, 16], "HU"
+    table.add_new("LUTData", "US", [0, 10, 40, 100])
+    data = make_file(np.array([[0, 1], [2, 3]], np.uint16), ModalityLUTSequence=pydicom.Sequence([table]), RescaleSlope=None, RescaleIntercept=None)
+    hu, record = read_slice(data)
+    np.testing.assert_array_equal(hu, [[0, 10], [40, 100]])
+    assert record["brain_fraction"] == 0.5 and not record["repaired"]
+
+
+def test_the_tilted_series_is_evenly_spaced_along_its_normal(real_data):
+    headers = [read_slice(p)[1] for p in sorted((real_data / "rsna" / "stage_1_train_images").glob("*.dcm"))]
+    z = np.sort([h["z_mm"] for h in headers if h["PatientID"] == "ID_fff502d5"])
+    gaps = np.diff(z)
+    assert len(z) == 36 and gaps.min() > 0.9 * np.median(gaps) and gaps.max() < 1.5 * np.median(gaps)
+
+
+def test_position_equals_the_cross_product():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        x, y, p = rng.normal(size=(3, 3))
+        assert np.isclose(slice_position(tuple(p), (*x, *y)), np.cross(x, y) @ p)
+
+
+def test_every_truncation_is_an_error_or_the_whole_slice():
+    data = make_file(HEAD[:8, :8])
+    for n in range(len(data)):
+        with pytest.raises(DicomError):
+            read_slice(data[:n])
+
+
+def flip_bytes(data, n_cases, seed):
+    "Copies of `data` with one to three random bytes changed; a third of them in the first 2 kB, where the header is."
+    rng = np.random.default_rng(seed)
+    for case in range(n_cases):
+        broken = bytearray(data)
+        for at in rng.integers(0, min(len(data), 2000) if case % 3 == 0 else len(data), rng.integers(1, 4)):
+            broken[at] = rng.integers(256)
+        yield bytes(broken)
+
+
+@pytest.mark.parametrize("syntax", ["explicit", "implicit", "RLELossless", "DeflatedExplicitVRLittleEndian"])
+def test_flipped_bytes_give_a_slice_or_a_reason(syntax):
+    ds, good = make_dataset(HEAD[:16, :16]), 0
+    if syntax == "RLELossless":
+        ds.compress(uid.RLELossless)
+    elif syntax.startswith("Deflated"):
+        ds.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
+    for broken in flip_bytes(to_bytes(ds, syntax == "implicit"), 400, seed=2):
+        try:
+            hu, _ = read_slice(broken)
+        except DicomError as e:
+            assert ":" in str(e) or str(e) in ("no pixel data", "no SOPInstanceUID"), e
+        else:
+            assert hu.dtype == np.int16 and hu.ndim == 2
+            good += 1
+    assert 0 < good < 400, "some flips do harm, some do not"
+
+
+def test_a_deflate_bomb_is_refused():
+    ds = make_dataset()
+    ds.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
+    data = to_bytes(ds)
+    _, start = dicom._find_syntax(memoryview(data))
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    bomb = data[:start] + b"".join(deflate.compress(bytes(1 << 20)) for _ in range(200)) + deflate.flush()
+    with pytest.raises(DicomError, match="too large"):
+        read_slice(bomb)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file_says_so(tmp_path):
+    path = tmp_path / "secret.dcm"
+    path.write_bytes(make_file())
+    path.chmod(0)
+    with pytest.raises(DicomError, match="Permission denied"):
+        read_slice(path)

@@ -1,0 +1,279 @@
+"""Evaluation: equal to scikit-learn, undefined where undefined, fitted on others, sized for 100,000 slices."""
+
+import json
+import shutil
+import time
+import tracemalloc
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit, logit
+from sklearn import metrics as sk
+from sklearn.calibration import calibration_curve
+
+from ich_fastai.cohort import tiny_cohort
+from ich_fastai.evaluate import (
+    METRICS,
+    conformal_bound,
+    correct_for_sampling,
+    cross_fit,
+    evaluate,
+    fit_logistic,
+    headline_table,
+    label_metrics,
+    metrics_table,
+    rank_metrics,
+    resample_patients,
+    split_patients,
+    weighted_log_loss,
+)
+from ich_fastai.explain import explain, make_submission
+from ich_fastai.labels import LABELS, InputError, read_labels
+from ich_fastai.phantom import tiny_phantom
+
+
+def draw(n=300, n_patients=40, seed=0, digits=None):
+    "Labels, probabilities and patients of a simulated label; `digits` rounds, so that scores tie."
+    rng = np.random.default_rng(seed)
+    patient = np.r_[np.arange(n_patients), rng.integers(n_patients, size=n - n_patients)]
+    p = expit(rng.normal(size=n) + rng.normal(size=n_patients)[patient] - 1)
+    return (rng.random(n) < p).astype(int), p if digits is None else np.round(p, digits), patient
+
+
+def by_sklearn(y, p, w, threshold):
+    "What scikit-learn says, for weights by slice."
+    fpr, tpr, _ = sk.roc_curve(y, p, sample_weight=w, drop_intermediate=False)
+    return {
+        "auc": sk.roc_auc_score(y, p, sample_weight=w), "average_precision": sk.average_precision_score(y, p, sample_weight=w),
+        "sensitivity_at_specificity_0.9": tpr[fpr <= 0.1 + 1e-9].max(), "sensitivity_at_specificity_0.95": tpr[fpr <= 0.05 + 1e-9].max(),
+        "log_loss": sk.log_loss(y, p, sample_weight=w, labels=[0, 1]), "brier": sk.brier_score_loss(y, p, sample_weight=w),
+        "sensitivity": sk.recall_score(y, p >= threshold, sample_weight=w), "specificity": sk.recall_score(y, p >= threshold, sample_weight=w, pos_label=0),
+    }
+
+
+@pytest.mark.parametrize("digits", [None, 2, 1, 0], ids=["no ties", "few ties", "many ties", "zeros and ones"])
+@pytest.mark.parametrize("kind", ["patients", "whole numbers", "fractions"])
+def test_every_metric_equals_scikit_learn(digits, kind):
+    for seed in range(5):
+        y, p, patient = draw(seed=seed, digits=digits)
+        rng = np.random.default_rng(seed)
+        weights = {
+            "patients": resample_patients(40, 5, seed), "whole numbers": rng.integers(1, 5, (3, 40)), "fractions": rng.uniform(0.1, 3, (3, 40)),
+        }[kind]
+        ours = label_metrics(y, p, patient, weights, 0.3)
+        for b, w in enumerate(weights[:, patient]):
+            expected = by_sklearn(y, p, w, 0.3)
+            assert {m: ours[m][b] for m in expected} == pytest.approx(expected, abs=1e-9)
+
+
+def test_constant_predictions_and_calibration_error():
+    y, p, patient = draw()
+    one = np.ones((1, 40))
+    constant = label_metrics(y, np.full(len(y), y.mean()), patient, one, 0.5)
+    assert constant["auc"][0] == 0.5 and constant["average_precision"][0] == pytest.approx(y.mean(), abs=1e-9)
+    assert constant["calibration_error"][0] == pytest.approx(0, abs=1e-9) and np.isnan(constant["calibration_slope"][0])
+    seen, said = calibration_curve(y, p, n_bins=10, strategy="quantile")
+    assert label_metrics(y, p, patient, one, 0.5)["calibration_error"][0] == pytest.approx(np.abs(seen - said).mean(), abs=1e-9)  # 300 slices: bins of 30
+
+
+@pytest.mark.parametrize("y", [0, 1], ids=["no positive", "no negative"])
+def test_one_class_is_undefined_not_zero(y):
+    table = metrics_table(np.full((12, 6), y), np.tile(np.linspace(0.1, 0.9, 12)[:, None], 6), np.arange(12) // 2, np.full((12, 6), 0.5), n_boot=50)
+    undefined = table[table["value"].isna()]
+    assert {"auc", "average_precision", "calibration_slope"} <= set(undefined["metric"]) and undefined["note"].str.len().gt(0).all()
+    assert undefined[["low", "high"]].isna().all().all()
+    assert ("specificity" in set(undefined["metric"])) == (y == 1) and ("sensitivity" in set(undefined["metric"])) == (y == 0)
+    assert table.loc[table["metric"] == "log_loss", "value"].notna().all()
+
+
+@pytest.mark.parametrize(
+    "n, patients, note", [(0, 0, "no slice"), (5, 1, "one patient"), (6, 3, "positives in one patient only")], ids=["nothing", "one patient", "one positive patient"]
+)
+def test_too_little_data_says_so(n, patients, note):
+    y = np.zeros((n, 6), int)
+    y[:2] = 1
+    table = metrics_table(y, np.full((n, 6), 0.5), np.arange(n) % max(patients, 1) if patients == 1 else np.arange(n) // 2, n_boot=20)
+    auc = table[table["metric"] == "auc"]
+    assert auc["note"].str.startswith(note).all() and auc[["low", "high"]].isna().all().all()
+
+
+def test_intervals_are_those_of_a_loop_over_resamples():
+    y, p, patient = draw(seed=3, digits=2)
+    six, probabilities = np.tile(y[:, None], 6), np.tile(p[:, None], 6)
+    table = metrics_table(six, probabilities, patient, n_boot=100, seed=5).set_index(["label", "metric"])
+    codes = pd.factorize(patient)[0]
+    losses, aucs = [], []
+    for w in resample_patients(40, 100, 5)[1:]:
+        rows = np.repeat(np.arange(len(y)), w[codes])
+        losses.append(weighted_log_loss(six[rows], probabilities[rows]))
+        aucs.append(sk.roc_auc_score(y[rows], p[rows]))
+    assert table.loc[("any", "auc"), ["low", "high"]].to_list() == pytest.approx(np.percentile(aucs, [2.5, 97.5]), abs=1e-9)
+    assert table.loc[("all", "weighted_log_loss"), ["low", "high"]].to_list() == pytest.approx(np.percentile(losses, [2.5, 97.5]), abs=1e-9)
+
+
+def test_constants_on_the_real_labels(real_data):
+    y = read_labels(real_data / "rsna" / "stage_1_train.csv.gz").to_numpy()
+    natural = y.mean(0)
+    balanced = natural / natural[-1] / 2
+    scores = [weighted_log_loss(y, np.broadcast_to(p, y.shape)) for p in (natural, balanced, np.full(6, 0.5))]
+    assert [round(s, 4) for s in scores] == [0.2320, 0.3520, 0.6931]
+    assert correct_for_sampling(balanced[None], natural[-1] / (1 - natural[-1]))[0] == pytest.approx(natural, abs=1e-12)
+
+
+def test_nothing_sees_the_patients_it_is_reported_on():
+    rng = np.random.default_rng(0)
+    patients = rng.integers(60, size=2000)
+    x = rng.normal(size=(2000, 6)) * 2
+    y = (rng.random((2000, 6)) < expit(x - 1)).astype(int)
+    part = split_patients(patients % 3, patients, y[:, -1])
+    for options in ({"sensitivity": 0.9}, {"sensitivity": 0.5, "coverage": 0.8}):
+        ours = cross_fit(y, x, patients, part, **options)
+        for k in range(3):
+            here = part == k
+            other = cross_fit(np.where(here[:, None], rng.integers(2, size=y.shape), y), x, patients, part, **options)
+            assert all((other[name][here] == ours[name][here]).all() for name in ours), "labels of the part leaked into it"
+            assert (other["p"][~here] != ours["p"][~here]).any() and (other["threshold"][~here] != ours["threshold"][~here]).any()
+
+
+def test_a_single_fold_is_halved_by_patient():
+    patients = np.repeat([f"p{i}" for i in range(9)], 4)
+    positive = (np.arange(36) < 16).astype(int)
+    half = split_patients(np.zeros(36), patients, positive)
+    table = pd.DataFrame({"patient": patients, "half": half, "positive": positive})
+    assert (table.groupby("patient")["half"].nunique() == 1).all()
+    assert table.groupby("half")["positive"].sum().to_list() == [8, 8]
+    shuffled = np.random.default_rng(0).permutation(36)
+    assert (split_patients(np.zeros(36), patients[shuffled], positive[shuffled]) == half[shuffled]).all()
+
+
+def test_calibration_mends_what_was_bent():
+    rng = np.random.default_rng(1)
+    patients = np.repeat(np.arange(400), 10)
+    truth = rng.normal(size=(4000, 6)) + rng.normal(size=(400, 1))[patients] - 1
+    y = (rng.random(truth.shape) < expit(truth)).astype(int)
+    fitted = cross_fit(y, 2 * truth + 1, patients, patients % 4)
+    for k in range(5):  # `any` is no OR here
+        assert fit_logistic(logit(fitted["p"][:, k]), y[:, k]) == pytest.approx((1, 0), abs=0.1)
+        assert sk.log_loss(y[:, k], fitted["p"][:, k]) == pytest.approx(sk.log_loss(y[:, k], expit(truth[:, k])), abs=0.003)
+    called = fitted["p"] >= fitted["threshold"]
+    assert (called & (y == 1)).sum(0) / y.sum(0) == pytest.approx(np.full(6, 0.9), abs=0.04)
+
+
+@pytest.mark.parametrize("coverage", [0.8, 0.95])
+def test_conformal_sets_keep_their_promise(coverage):
+    kept = []
+    for seed in range(400):
+        y, p, patient = draw(n=600, n_patients=80, seed=seed)
+        old, ours = (patient < 40) & (y == 1), (patient >= 40) & (y == 1)
+        bound = conformal_bound(logit(p[old]), patient[old], coverage, seed)
+        kept.append(pd.Series(logit(p[ours]) >= bound).groupby(patient[ours]).mean().mean())
+    assert coverage - 0.01 <= np.mean(kept) <= coverage + 0.06
+
+
+def test_100_000_slices_in_time_and_memory():
+    rng = np.random.default_rng(0)
+    patient = rng.integers(2500, size=100_000)
+    y = (rng.random((100_000, 6)) < 0.1).astype(int)
+    p = expit(rng.normal(size=y.shape) + y - 2)
+    tracemalloc.start()
+    start = time.process_time()
+    table = metrics_table(y, p, patient, np.full(y.shape, 0.2), n_boot=1000)
+    seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(table) == 6 * len(METRICS) + 1 and table[["value", "low", "high"]].notna().all().all()
+    assert seconds < 20 and peak < 1.5e9
+
+
+def test_rank_metrics_do_not_depend_on_the_chunk():
+    y, p, patient = draw(n=9000, seed=2, digits=2)
+    weights = resample_patients(40, 1100)
+    whole = rank_metrics(y, p, patient, weights)
+    for b in (0, 500, 888, 889, 1100):  # 8,000,000 // 9,000 = 888 rows a chunk
+        assert whole["auc"][b] == rank_metrics(y, p, patient, weights[b : b + 1])["auc"][0]
+
+
+def test_submission_follows_the_sample(tmp_path):
+    sample = tmp_path / "sample.csv"
+    sample.write_text("ID,Label\n" + "".join(f"ID_{s}_{label},0.5\n" for s in "cab" for label in LABELS))
+    p = np.random.default_rng(0).uniform(size=(4, 6))
+    table = make_submission([f"ID_{s}" for s in "abcd"], p, sample)
+    assert table["ID"].to_list() == pd.read_csv(sample)["ID"].to_list() and list(table.columns) == ["ID", "Label"]
+    assert table["Label"].to_list() == p[[2, 0, 1]].ravel().tolist()
+    with pytest.raises(InputError, match="sample.csv: 6 of its rows have no prediction, e.g. ID_b_epidural"):
+        make_submission(["ID_a", "ID_c"], p[:2], sample)
+
+
+@pytest.fixture(scope="module")
+def simulated_run(tmp_path_factory):
+    "A run folder of the tiny cohort with simulated predictions for two folds: no training needed."
+    run_dir = tmp_path_factory.mktemp("evaluate")
+    for name in ("labels.parquet", "slices.parquet", "cohort.parquet", "cache"):
+        source = tiny_cohort() / name
+        shutil.copytree(source, run_dir / name) if source.is_dir() else shutil.copy(source, run_dir)
+    return run_dir
+
+
+def write_predictions(run_dir, rows, folds):
+    "predictions.parquet and a trained-looking, untrained model of these cohort rows."
+    import torch
+    from safetensors.torch import save_file
+
+    from ich_fastai.train import build_model
+
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    ids = rows[["SOPInstanceUID", "PatientID", "StudyInstanceUID", "fold", *LABELS]].reset_index(drop=True)
+    logits = 2 * rows[list(LABELS)].to_numpy() - 1 + rng.normal(size=(len(rows), 6))
+    ids.assign(**{f"logit_{label}": logits[:, k].astype("float32") for k, label in enumerate(LABELS)}, keep_rate=0.4).to_parquet(run_dir / "predictions.parquet")
+    training = {"pos_weight": None, "folds": [{"fold": int(f), "keep_rate": 0.4} for f in folds]}
+    model = {"arch": "resnet10t", "n_in": 3, "image_size": 96, "windows": {"brain": [40, 80]}, "neighbors": 1, "training": training, "corrections": {}, "thresholds": {}}
+    (run_dir / "model").mkdir(exist_ok=True)
+    (run_dir / "model" / "model.json").write_text(json.dumps(model))
+    save_file(build_model("resnet10t", 3).state_dict(), run_dir / "model" / "weights.safetensors")
+
+
+def test_the_stage_writes_its_files(simulated_run):
+    cohort = pd.read_parquet(simulated_run / "cohort.parquet")
+    write_predictions(simulated_run, cohort[cohort["fold"] < 2], (0, 1))
+    metrics = evaluate(simulated_run, tiny_phantom(), n_boot=50)
+    explain(simulated_run, tiny_phantom(), n_boot=50)
+    assert metrics.loc[metrics["value"].isna(), "note"].str.len().gt(0).all()
+    headline = headline_table(simulated_run)
+    assert len(headline.to_string(index=False, line_width=80).splitlines()[0]) <= 80 and not headline.isin(["nan"]).any().any()
+    index = pd.read_csv(simulated_run / "tables" / "index.csv")
+    assert len(index) >= 4 and all((simulated_run / "figures" / f).is_file() for f in index["figure"])
+    assert index["caption"].str.contains("Synthetic data").all()
+    model = json.loads((simulated_run / "model" / "model.json").read_text())
+    assert set(model["corrections"]["calibration"]) == set(LABELS) and model["corrections"]["keep_rate"] == 0.4
+    assert model["thresholds"]["slice"]["any"]["threshold"] > 0
+    pointing = pd.read_csv(simulated_run / "tables" / "pointing.csv")
+    assert pointing["value"].dropna().between(0, 1).all() and pointing["n"].sum() > 0
+
+
+@pytest.mark.parametrize("which", ["no positive", "one patient", "one slice"])
+def test_the_stage_survives_too_little_data(simulated_run, tmp_path, which):
+    shutil.copytree(simulated_run, tmp_path / "run")
+    cohort = pd.read_parquet(simulated_run / "cohort.parquet")
+    rows = {
+        "no positive": cohort[(cohort["fold"] == 0) & (cohort["any"] == 0)], "one patient": cohort[cohort["PatientID"] == cohort["PatientID"].iloc[0]],
+        "one slice": cohort.head(1),
+    }[which]
+    write_predictions(tmp_path / "run", rows, (rows["fold"].iloc[0],))
+    metrics = evaluate(tmp_path / "run", None, n_boot=20)
+    explain(tmp_path / "run", None, n_boot=20)
+    assert metrics.loc[metrics["value"].isna(), "note"].str.len().gt(0).all()
+    assert not np.isinf(metrics[["value", "low", "high"]].astype(float)).any().any()
+    assert "NaN" not in (tmp_path / "run" / "model" / "model.json").read_text()
+
+
+def test_without_predictions_it_names_the_notebook(tmp_path):
+    with pytest.raises(InputError, match="predictions.parquet: not there; notebook 06_train makes it"):
+        evaluate(tmp_path)
+
+
+def test_evaluate_imports_no_torch():
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-c", "import ich_fastai.evaluate, sys; assert 'torch' not in sys.modules and 'fastai' not in sys.modules"], check=True)

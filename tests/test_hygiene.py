@@ -1,0 +1,101 @@
+"""The repository itself: notebooks and modules agree, nothing private is committed, the wheel works."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+
+import papermill
+import pytest
+from conftest import PROJECT
+
+NOTEBOOKS = sorted((PROJECT / "nbs").glob("*.ipynb"))
+TRACKED = [f for f in subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True).stdout.split("\n") if (PROJECT / f).is_file()]
+TEXT = [f for f in TRACKED if f.endswith((".py", ".ipynb", ".md", ".ini", ".toml", ".yml", ".csv", ".lock", "Makefile", "run"))]
+
+
+def run(*command, cwd=PROJECT, **kwargs):
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def script(name):
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or name
+
+
+def cells(notebook):
+    return json.loads(notebook.read_text())["cells"]
+
+
+def test_the_rooms_of_the_house_are_there():
+    assert {p.stem[:2] for p in NOTEBOOKS} == {f"{i:02d}" for i in range(11)}
+
+
+def test_clean_and_export_leave_no_diff(tmp_path):
+    for name in TRACKED:
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROJECT / name, target)
+    run("git", "init", "-q", cwd=tmp_path)
+    run(script("nbdev-clean"), cwd=tmp_path)
+    run(script("nbdev-export"), cwd=tmp_path)
+    changed = [f for f in TRACKED if (tmp_path / f).read_bytes() != (PROJECT / f).read_bytes()]
+    assert not changed, f"run `make prepare` and commit: {changed}"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_each_notebook_keeps_the_house_style(notebook):
+    tagged = [c for c in cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1, "one cell tagged parameters"
+    parameters = papermill.inspect_notebook(notebook)
+    assert 1 <= len(parameters) <= 12
+    assert all(p["inferred_type_name"] != "None" and p["help"] for p in parameters.values()), "typed, with a comment"
+    prose = "\n".join("".join(c["source"]) for c in cells(notebook) if c["cell_type"] == "markdown")
+    assert re.match(r"# .+\n\n> ", prose) and "**Reads**" in prose and "**Answers**" in prose and "## What we now know" in prose
+    assert notebook.stat().st_size < 300 * 1024
+    assert not [c for c in cells(notebook) if any(o["output_type"] == "error" for o in c.get("outputs", []))]
+
+
+@pytest.mark.parametrize("name", [p.stem for p in NOTEBOOKS])
+def test_a_module_imports_only_lower_numbers(name):
+    order = {p.stem.partition("_")[2]: p.stem.partition("_")[0] for p in NOTEBOOKS}
+    number, _, own = name.partition("_")
+    imported = set(re.findall(r"(?:from|import) ich_fastai\.(\w+)", (PROJECT / "ich_fastai" / f"{own}.py").read_text())) - {own}
+    assert all(order[module] < number for module in imported), imported
+
+
+def test_nothing_committed_carries_a_machine_path_or_registry():
+    private = re.compile(r"/(?:root|home|work|tmp|Users)/[A-Za-z]|pypi\.org|files\.pythonhosted|https?://[^\s]*/simple|file:///")
+    found = [(f, m.group()) for f in TEXT if f != "tests/test_hygiene.py" for m in [private.search((PROJECT / f).read_text(errors="replace"))] if m]
+    assert not found
+
+
+def test_lock_holds_names_and_versions_only():
+    lines = (PROJECT / "requirements.lock").read_text().splitlines()
+    wrong = [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[^\s/]+( ; sys_platform == \"linux\")?", line)]
+    assert lines and not wrong
+
+
+def test_wheel_installs_in_an_empty_environment(tmp_path):
+    source = tmp_path / "source"
+    for name in TRACKED:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROJECT / name, source / name)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source)
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools")  # the one that venv brings is older than torch wants
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", next(tmp_path.glob("*.whl")))
+    # The dependencies (6 GB) come from this environment instead of a second download; `pip check` says whether the wheel names them rightly.
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    (tmp_path / "deps.pth").write_text(sysconfig.get_path("purelib"))
+    shutil.copy(tmp_path / "deps.pth", site)
+    for name in ("ich-reproduce", "ich-phantom", "ich-ingest", "ich-predict"):
+        assert "usage" in run(tmp_path / "env" / "bin" / name, "--help", cwd=tmp_path)
+    where = run(python, "-c", "import ich_fastai; print(ich_fastai.__file__)", cwd=tmp_path)
+    assert str(tmp_path) in where, "the installed wheel is what ran"
+    assert "No broken requirements" in run(python, "-m", "pip", "check", cwd=tmp_path)

@@ -1,0 +1,378 @@
+"""Ingest under kills, bad input, full disks and other executors; the cache must not show any of it."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from dicom_files import HEAD, make_dataset, make_file, plain_variants, to_bytes
+from test_dicom import flip_bytes, gdcm_encode
+
+from ich_fastai import ingest as module
+from ich_fastai.ingest import SHARD_ROWS, Decoder, count_errors, find_changed, ingest, list_files, open_cache, read_row
+from ich_fastai.labels import InputError
+
+N_FILES, SIZE = 4 * SHARD_ROWS + 100, 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "Five shards of small slices, one of them broken."
+    path = tmp_path_factory.mktemp("many") / "dicom"
+    path.mkdir()
+    data = make_file(SOPInstanceUID="ID_00000000")
+    for i in range(N_FILES):
+        (path / f"ID_{i:08d}.dcm").write_bytes(data.replace(b"ID_00000000", f"ID_{i:08d}".encode()))
+    (path / "ID_00000007.dcm").write_bytes(data[:-9])
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    "The run folder of an undisturbed ingest."
+    run_dir = tmp_path_factory.mktemp("whole")
+    ingest(folder, run_dir / "cache", SIZE, workers=1)
+    return run_dir
+
+
+def content(run_dir):
+    "Every file of a run by name: its bytes."
+    return {str(p.relative_to(run_dir)): p.read_bytes() for p in sorted(Path(run_dir).rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+def run_command(folder, run_dir, *options, **kwargs):
+    "`ich-ingest` as a process group of its own."
+    program = Path(sys.executable).with_name("ich-ingest")
+    arguments = [str(program), str(folder), str(run_dir), "--size", str(SIZE), *options]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs)
+
+
+def test_the_number_of_workers_does_not_show(folder, whole, tmp_path):
+    ingest(folder, tmp_path / "cache", SIZE, workers=2)
+    assert content(tmp_path) == content(whole)
+    names = set(content(whole))
+    assert {"slices.parquet", "cache/cache.json", "cache/plan.parquet", "cache/shard-00004.npy"} <= names and len(names) == 13
+
+
+def test_rows_and_pixels_are_those_of_the_files(folder, whole):
+    slices, cache = pd.read_parquet(whole / "slices.parquet"), open_cache(whole / "cache")
+    assert slices["file"].to_list() == sorted(p.name for p in folder.iterdir())
+    assert count_errors(slices).to_dict() == {"truncated": 1}
+    good = slices[slices["error"].isna()]
+    assert (good["SOPInstanceUID"] == good["file"].str[:-4]).all()
+    addresses = (good["shard"] * SHARD_ROWS + good["row"]).to_numpy("int64")
+    assert len(set(addresses)) == N_FILES - 1
+    picked = np.random.default_rng(0).permutation(len(good))[:6].reshape(2, 3)
+    with Decoder() as decoder:
+        want = [read_row(folder / good["file"].iloc[i], SIZE, decoder)[0] for i in picked.ravel()]
+    np.testing.assert_array_equal(cache.gather(addresses[picked]).reshape(6, SIZE, SIZE), want)
+
+
+@pytest.mark.parametrize("executor", [ThreadPoolExecutor, ProcessPoolExecutor])
+def test_any_executor(folder, whole, tmp_path, executor):
+    with executor(2) as pool:
+        ingest(folder, tmp_path / "cache", SIZE, pool)
+    assert content(tmp_path) == content(whole)
+
+
+def test_killed_at_random_moments(folder, whole, tmp_path):
+    rng = random.Random(1)
+    for attempt in range(6):
+        process = run_command(folder, tmp_path, "--workers", str(1 + attempt % 2))
+        time.sleep(rng.uniform(0.6, 2.2))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    process = run_command(folder, tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert f"{N_FILES:,} files" in out and "1 x truncated" in out and "files/s" in err
+    assert content(tmp_path) == content(whole)
+
+
+def test_a_killed_parent_leaves_no_workers(folder, tmp_path):
+    import psutil
+
+    process = run_command(folder, tmp_path, "--workers", "2")
+    children = []
+    while len(children) < 2 and process.poll() is None:  # a worker and multiprocessing's resource tracker
+        children = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.02)
+    assert len(children) >= 2
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+
+
+def die_once(marker, files, number, cache_dir, size):
+    "A shard writer that kills its process the first time it is called."
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return module.write_shard(files, cache_dir, number, size)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_always(files, number):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_that_die_are_survived(folder, whole, tmp_path):
+    from functools import partial
+
+    files = list(list_files(folder).values())
+    todo = {n: files[n * SHARD_ROWS : (n + 1) * SHARD_ROWS] for n in range(5)}
+    write, done = partial(die_once, str(tmp_path / "died"), cache_dir=str(tmp_path), size=SIZE), []
+    module.run_shards(todo, write, partial(ProcessPoolExecutor, 2), done.append)
+    assert (tmp_path / "died").exists() and not todo and sum(map(len, done)) == N_FILES
+    for n in range(5):
+        for path in module.shard_paths(tmp_path, n):
+            assert path.read_bytes() == (whole / "cache" / path.name).read_bytes()
+
+
+def test_workers_that_always_die_stop_the_run():
+    from functools import partial
+
+    with pytest.raises(InputError, match="a.dcm: the workers died three times"):
+        module.run_shards({0: ["a.dcm"], 1: ["b.dcm"]}, die_always, partial(ProcessPoolExecutor, 2), None)
+
+
+def test_dask_workers_may_be_killed(folder, whole, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client:
+            victim = next(iter(client.run(os.getpid).values()))
+            todo = ThreadPoolExecutor(1).submit(ingest, folder, tmp_path / "cache", SIZE, client.get_executor())
+            time.sleep(0.3)
+            os.kill(victim, signal.SIGKILL)
+            todo.result(60)
+    assert content(tmp_path) == content(whole)
+
+
+def test_files_added_later_are_appended(folder, tmp_path):
+    some = tmp_path / "dicom"
+    some.mkdir()
+    for name in ("b.dcm", "d.dcm"):
+        (some / name).write_bytes(make_file(SOPInstanceUID=f"ID_{name[0]}"))
+    before = ingest(some, tmp_path / "cache", SIZE)
+    (some / "a.dcm").write_bytes(make_file(SOPInstanceUID="ID_a"))
+    after = ingest(some, tmp_path / "cache", SIZE)
+    assert after["file"].to_list() == ["b.dcm", "d.dcm", "a.dcm"] and after["shard"].to_list() == [0, 0, 1]
+    pd.testing.assert_frame_equal(after.head(2), before)
+
+
+def test_changed_files_are_reported_and_read_again_on_request(tmp_path):
+    some = tmp_path / "dicom"
+    some.mkdir()
+    (some / "a.dcm").write_bytes(make_file())
+    (some / "b.dcm").write_bytes(make_file(SOPInstanceUID="ID_b"))
+    before = ingest(some, tmp_path / "cache", SIZE)
+    (some / "a.dcm").write_bytes(make_file(HEAD + 5))
+    assert find_changed(before, list_files(some))["file"].to_list() == ["a.dcm"]
+    with pytest.raises(InputError, match=r"1 files have changed .*a\.dcm.*delete shard-00000\.parquet"):
+        ingest(some, tmp_path / "cache", SIZE)
+    (tmp_path / "cache" / "shard-00000.parquet").unlink()
+    after = ingest(some, tmp_path / "cache", SIZE)
+    assert after["modified_ns"][0] != before["modified_ns"][0] and after["error"].isna().all()
+    (some / "a.dcm").unlink()
+    assert len(ingest(some, tmp_path / "cache", SIZE)) == 2, "a deleted file stays in the cache"
+
+
+def test_a_second_run_on_the_same_cache_stops(folder, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "cache").mkdir()
+    with FileLock(tmp_path / "cache" / ".lock"):
+        process = run_command(folder, tmp_path)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "another run is writing this cache" in err and "Traceback" not in err
+
+
+def test_a_full_disk_says_so_and_leaves_no_half_shard(folder, whole, tmp_path):
+    import resource
+
+    def limit():  # files of at most 500 kB: writes fail as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+
+    process = run_command(folder, tmp_path, "--workers", "1", preexec_fn=limit)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "shard-00000.npy: cannot be written" in err and "Traceback" not in err
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir() if p.name != ".lock") == ["cache.json", "plan.parquet"]
+    ingest(folder, tmp_path / "cache", SIZE, workers=1)
+    assert content(tmp_path) == content(whole)
+
+
+def test_no_space_left_names_the_file(tmp_path, monkeypatch):
+    (tmp_path / "dicom").mkdir()
+    (tmp_path / "dicom" / "a.dcm").write_bytes(make_file())
+    monkeypatch.setattr(module, "_write_pixels", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    with pytest.raises(InputError, match=r"shard-00000\.npy: cannot be written \(No space left on device\)"):
+        ingest(tmp_path / "dicom", tmp_path / "cache", SIZE)
+
+
+def test_too_many_errors_stop_the_run_with_a_list(tmp_path):
+    some = tmp_path / "dicom"
+    some.mkdir()
+    for i in range(60):
+        (some / f"{i:02d}.dcm").write_bytes(make_file(SOPInstanceUID=f"ID_{i}") if i % 2 else b"no")
+    with pytest.raises(InputError, match=r"errors\.csv: 30 files cannot be used, more than the 10 allowed"):
+        ingest(some, tmp_path / "cache", SIZE)
+    assert len(pd.read_csv(tmp_path / "errors.csv")) == 30
+    slices = ingest(some, tmp_path / "cache", SIZE, max_error_share=0.5)
+    assert slices["error"].isna().sum() == 30
+
+
+def test_dry_run_writes_nothing(folder, tmp_path):
+    process = run_command(folder, tmp_path / "run", "--dry-run")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and f"{N_FILES:,} files, {N_FILES:,} of them to read" in out and "5 shards" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_is_quick(command):
+    start = time.perf_counter()
+    done = command("ich-ingest", "--help")
+    assert done.returncode == 0 and "scheduler" in done.stdout
+    assert time.perf_counter() - start < 4, "2 s on a quiet machine"
+
+
+def bad_files():
+    "Name: bytes of a file that cannot be used, and the start of its reason."
+    good, ds = make_file(HEAD[:16, :16]), make_dataset(HEAD[:16, :16])
+    group = good.index(b"\x28\0\x10\0US")  # the element Rows
+    pixels = good.index(b"\xe0\x7f\x10\0OW")
+    directory = make_dataset(HEAD[:16, :16], PixelData=None, Modality=None)
+    import pydicom
+
+    record = pydicom.Dataset()
+    record.DirectoryRecordType = "PATIENT"
+    directory.DirectoryRecordSequence = pydicom.Sequence([record])
+    rgb = np.zeros((16, 16, 3), np.uint8)
+    color = dict(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0, BitsAllocated=8, BitsStored=8, Rows=16, Columns=16)
+    rng = np.random.default_rng(3)
+    jpeg = to_bytes(ds)
+    cuts = (1, 100, 130, 140, 200, 300, 400, group + 3, group + 9, pixels + 4, pixels + 12, pixels + 100)
+    cut = {f"cut at byte {n}": (good[:n], None) for n in cuts}
+    return cut | {
+        "empty": (b"", "empty file"),
+        "text": (b"It was a dark and stormy night. " * 20, "not a DICOM file"),
+        "random": (rng.bytes(5000), "not a DICOM file"),
+        "zeros": (bytes(5000), "not a DICOM file"),
+        "png": (b"\x89PNG\r\n\x1a\n" + rng.bytes(500), "not a DICOM file"),
+        "no preamble": (good[132:], "not a DICOM file"),
+        "only a preamble": (good[:132], None),
+        "random after the preamble": (good[:132] + rng.bytes(3000), None),
+        "random after the meta header": (good[:300] + rng.bytes(3000), None),
+        "dicomdir": (to_bytes(directory), "not an image"),
+        "no pixel data": (good[:pixels], "no pixel data"),
+        "pixel length too short": (good[:pixels] + b"\xe0\x7f\x10\0OW\0\0\x10\0\0\0" + bytes(16), "truncated"),
+        "pixel length too long": (good[:pixels] + b"\xe0\x7f\x10\0OW\0\0\xf0\xff\xff\x0f" + bytes(500), "truncated"),
+        "pixel length undefined": (good[:pixels] + b"\xe0\x7f\x10\0OW\0\0\xff\xff\xff\xff" + bytes(512), None),
+        "element length too long": (good[: group + 6] + b"\xff\xff" + good[group + 8 :], None),
+        "no rows": (make_file(Rows=None), "no such size"),
+        "rows 0": (make_file(Rows=0), "no such size"),
+        "absurd size": (make_file(Rows=65535, Columns=65535), "no such size"),
+        "more rows than pixels": (make_file(Rows=2000), "truncated"),
+        "no slope": (make_file(RescaleSlope=None), "no RescaleSlope"),
+        "no intercept": (make_file(RescaleIntercept=None), "no RescaleIntercept"),
+        "slope nan": (make_file(RescaleSlope="NaN"), "bad RescaleSlope"),
+        "slope inf": (make_file(RescaleSlope="1e999"), "bad RescaleSlope"),
+        "slope 0": (make_file(RescaleSlope="0"), "bad RescaleSlope"),
+        "slope text": (make_file().replace(b"\x28\0\x53\x10DS\2\x001 ", b"\x28\0\x53\x10DS\2\0x "), "bad RescaleSlope"),
+        "intercept nan": (make_file(RescaleIntercept="nan"), "bad RescaleIntercept"),
+        "mr": (make_file(Modality="MR"), "not CT"),
+        "no modality": (make_file(Modality=None), "not CT"),
+        "multi-frame": (make_file(np.stack([HEAD] * 3), NumberOfFrames=3), "multi-frame"),
+        "color": (make_file(PixelData=rgb.tobytes(), **color), "not gray"),
+        "palette": (make_file(PhotometricInterpretation="PALETTE COLOR"), "not gray"),
+        "no bits": (make_file(BitsAllocated=None), "bad pixel format"),
+        "17 bits of 16": (make_file(BitsStored=17, HighBit=16), "bad pixel format"),
+        "no representation": (make_file(PixelRepresentation=None), "bad pixel format"),
+        "no uid": (make_file(SOPInstanceUID=None), "no SOPInstanceUID"),
+        "unknown syntax": (good.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.9.9.9\0"), None),
+        "big endian in name only": (good.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.2\0"), None),
+        "jpeg in name only": (jpeg.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.4\0"), None),
+        "deflated in name only": (good.replace(b"1.2.840.10008.1.2.1\0\x02\0", b"1.2.840.10008.1.2.1.99"), None),
+        "nested too deep": (good[:pixels] + b"\x40\0\x75\xa7SQ\0\0\xff\xff\xff\xff" * 3000, None),
+    }
+
+
+def test_forty_kinds_of_bad_input(tmp_path):
+    import psutil
+
+    folder, bad = tmp_path / "dicom", bad_files()
+    folder.mkdir()
+    for name, (data, _) in bad.items():
+        (folder / f"{name}.dcm").write_bytes(data)
+    (folder / "a folder.dcm").mkdir()
+    (folder / "loop.dcm").symlink_to(folder / "loop.dcm")
+    (folder / "dangling.dcm").symlink_to(folder / "nothing")
+    os.mkfifo(folder / "pipe.dcm")
+    with open(folder / "huge.dcm", "wb") as f:
+        f.truncate(10 << 30)  # sparse
+    others = {"a folder": "not a file", "loop": "cannot be read: Too many", "dangling": "cannot be read: No such", "pipe": "not a file"}
+    others["huge"] = "file too large"
+    if os.geteuid() != 0:
+        (folder / "secret.dcm").write_bytes(make_file())
+        (folder / "secret.dcm").chmod(0)
+        others["secret"] = "cannot be read: Permission"
+    good = {name: data.replace(b"1.2.3\0\x08\0", b"9.%03d\0\x08\0" % i) for i, (name, data) in enumerate(plain_variants().items())}
+    names = [*(f"good {name}" for name in good), "name with ünïcode 脑", os.fsdecode(b"not utf-8 \xff")]
+    for i, name in enumerate(names):
+        data = list(good.values())[i] if i < len(good) else make_file(SOPInstanceUID=f"ID_n{i}")
+        (folder / f"{name}.dcm").write_bytes(data)
+    (folder / "twice.dcm").write_bytes(make_file(SOPInstanceUID=f"ID_n{len(names) - 1}"))
+    assert len(bad) + len(others) >= 40
+    start = time.perf_counter()
+    slices = ingest(folder, tmp_path / "cache", SIZE, max_error_share=1).set_index("file")["error"]
+    assert time.perf_counter() - start < 30 and psutil.Process().memory_info().rss < 2 << 30
+    assert len(slices) == len(list(folder.iterdir()))
+    for name, reason in {**{n: r for n, (_, r) in bad.items()}, **others}.items():
+        assert pd.notna(slices[f"{name}.dcm"]), name
+        assert reason is None or slices[f"{name}.dcm"].startswith(reason), (name, slices[f"{name}.dcm"])
+    assert slices["twice.dcm"] == r"duplicate: same SOPInstanceUID as not utf-8 \xff.dcm"
+    assert slices[[f"{module.printable(n)}.dcm" for n in names]].isna().all(), slices[slices.index.str.startswith("good")].dropna()
+
+
+@pytest.mark.parametrize("syntax", ["JPEGLosslessProcess14_1", "JPEG2000Lossless"])
+def test_flipped_bytes_in_compressed_files_never_end_the_process(syntax, tmp_path):
+    data, good = gdcm_encode(make_file(HEAD[:32, :32]), syntax, tmp_path), 0
+    with Decoder() as decoder:
+        for k, broken in enumerate(flip_bytes(data, 250, seed=4)):
+            (tmp_path / "x.dcm").write_bytes(broken)
+            pixels, row = read_row(tmp_path / "x.dcm", SIZE, decoder)
+            assert (pixels is None) == (row["error"] is not None), k
+            good += pixels is not None
+    assert 0 < good < 250
+
+
+def test_a_decoder_that_crashes_or_hangs_is_a_reason(tmp_path, monkeypatch):
+    path = tmp_path / "x.dcm"
+    path.write_bytes(to_bytes(make_dataset(BitsAllocated=8, BitsStored=8, PixelData=HEAD.astype(np.uint8).tobytes())))
+    with Decoder() as decoder:
+        assert read_row(path, SIZE, decoder)[1]["error"] is None
+        os.kill(decoder.process.pid, signal.SIGKILL)
+        assert read_row(path, SIZE, decoder)[1]["error"] == "cannot be decoded: the decoder crashed"
+        assert read_row(path, SIZE, decoder)[1]["error"] is None, "a new one is started"
+        os.kill(decoder.process.pid, signal.SIGSTOP)
+        monkeypatch.setattr(module, "DECODE_SECONDS", 0.2)
+        assert "took more than" in read_row(path, SIZE, decoder)[1]["error"]
+
+
+def test_listing_many_entries_is_quick(tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    n = 20_000  # 700,000 in benchmarks/ingest.py
+    for i in range(n):
+        os.close(os.open(folder / f"ID_{i:09x}.dcm", os.O_CREAT))
+    start = time.perf_counter()
+    assert len(list_files(folder)) == n
+    assert time.perf_counter() - start < 20 * n / 700_000 + 1
