@@ -1,7 +1,8 @@
-"""How fast the phantom is made, and what solves it: the header alone, simple rules, a small network. Also its distance from real slices where given.
+"""How fast the phantom is made, what solves it (the header alone, simple rules, a small network), how near it is to real slices, and what a network makes of those
+that has seen only the phantom.
 
-Usage: python benchmarks/phantom.py [--patients 80] [--epochs 16] [--real FOLDER with rsna/stage_1_train_images, or env ICH_REAL_DATA]
-All scores are out of fold, split by patient; intervals are 95%, bootstrap by patient.
+Usage: python benchmarks/phantom.py [--patients 80] [--epochs 16] [--real FOLDER that holds rsna/, or env ICH_REAL_DATA]
+Scores on the phantom are out of fold, split by patient; intervals are 95%, bootstrap by patient. Real slices are scored by the mean of the folds' networks.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import torch
+from scipy.stats import ks_2samp
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -23,6 +25,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from ich_fastai.labels import LABELS, read_labels
 from ich_fastai.phantom import make_phantom
 
 BINS = np.arange(-20, 102, 2)  # HU
@@ -34,11 +37,24 @@ def hu_of(ds, trap=""):
     return ((hu + 1000) % 4096 - 1000 if "wrapped" in trap else np.clip(hu, -1024, 3071)).astype(np.int16)
 
 
+def noise_of(hu):
+    "Noise (HU): the median local standard deviation (7 x 7) where the whole neighborhood is soft tissue of 0 to 80 HU; nan where that is little."
+    x = np.clip(hu, -100, 200).astype(np.float32)
+    inside = cv2.erode(((x > 0) & (x < 80)).astype(np.uint8), np.ones((7, 7), np.uint8)) > 0
+    variance = cv2.blur(x * x, (7, 7)) - cv2.blur(x, (7, 7)) ** 2
+    return float(np.sqrt(np.median(variance[inside]))) if inside.sum() > 2000 else np.nan
+
+
+def looks_of(ds, hu):
+    "What real and synthetic slices are compared by: brain fraction (share of pixels in 0 to 80 HU), noise (HU), position (mm) in the series."
+    return dict(series=ds.SeriesInstanceUID, z_mm=float(ds.ImagePositionPatient[2]), brain=float(((hu > 0) & (hu < 80)).mean()), noise=noise_of(hu))
+
+
 def read_all(data):
-    "Small images (n, 96, 96) HU, histograms (n, bins), header table and truth of the readable slices."
+    "Small images (n, 96, 96) HU, histograms (n, bins), header table, looks and truth of the readable slices."
     truth = pd.read_parquet(data / "truth.parquet")
     truth = truth[~truth.traps.str.contains("truncated")].reset_index(drop=True)
-    small, histograms, headers = [], [], []
+    small, histograms, headers, looks = [], [], [], []
     for row in truth.itertuples():
         path = data / "stage_1_train_images" / f"{row.SOPInstanceUID}.dcm"
         ds = pydicom.dcmread(path)
@@ -46,7 +62,19 @@ def read_all(data):
         small.append(cv2.resize(hu, (96, 96), interpolation=cv2.INTER_AREA))
         histograms.append(np.histogram(hu, BINS)[0] * float(ds.PixelSpacing[0]) ** 2)
         headers.append(header(ds, path.stat().st_size))
-    return np.stack(small), np.array(histograms, np.float32), pd.DataFrame(headers), truth
+        looks.append(looks_of(ds, hu))
+    return np.stack(small), np.array(histograms, np.float32), pd.DataFrame(headers), pd.DataFrame(looks), truth
+
+
+def read_real(folder):
+    "Small images, looks and labels of the real slices; their pixels stay in memory."
+    labels, small, looks = read_labels(folder / "stage_1_train.csv.gz"), [], []
+    for path in sorted((folder / "stage_1_train_images").glob("*.dcm")):
+        ds = pydicom.dcmread(path)
+        hu = hu_of(ds)
+        small.append(cv2.resize(hu, (96, 96), interpolation=cv2.INTER_AREA))
+        looks.append(looks_of(ds, hu) | labels.loc[path.stem].to_dict())
+    return np.stack(small), pd.DataFrame(looks)
 
 
 def header(ds, size):
@@ -85,37 +113,87 @@ class Network(torch.nn.Module):
         return self.head(torch.cat([f.amax((2, 3)), f.mean((2, 3))], 1))
 
 
-def network_scores(x, y, folds, epochs):
-    "Out-of-fold logits of `any`."
-    x = torch.from_numpy(np.clip(x.astype(np.float32) / 80, 0, 1.25))[:, None] - 0.4
-    y, out = torch.from_numpy(y.astype(np.float32)), np.zeros(len(x))
+def as_input(x):
+    "Small images in HU to the network's input (n, 1, 96, 96)."
+    return torch.from_numpy(np.clip(x.astype(np.float32) / 80, 0, 1.25))[:, None] - 0.4
+
+
+def train_network(x, y, epochs):
+    "A trained network; mirrored and shifted images."
+    torch.manual_seed(0)
+    net, steps, rng = Network(), epochs * (len(x) // 32), np.random.default_rng(0)
+    opt = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.01)
+    plan = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps)
+    for step in range(steps):
+        k = torch.from_numpy(rng.choice(len(x), 32))
+        batch = torch.roll(x[k].flip(3) if step % 2 else x[k], tuple(rng.integers(-6, 7, 2).tolist()), (2, 3))
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(net(batch), y[k])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        plan.step()
+    return net.eval()
+
+
+def network_scores(x, y, folds, epochs, real):
+    "Out-of-fold logits (n, 6) of the phantom's slices, and the folds' mean logits of the real ones."
+    x, y, real = as_input(x), torch.from_numpy(y.astype(np.float32)), as_input(real)
+    out, out_real = np.zeros((len(x), len(LABELS))), np.zeros((len(real), len(LABELS)))
     for train, valid in folds:
-        torch.manual_seed(0)
-        net, steps, rng = Network(), epochs * (len(train) // 32), np.random.default_rng(0)
-        opt = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.01)
-        plan = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps)
-        for step in range(steps):
-            k = torch.from_numpy(rng.choice(train, 32))
-            batch = torch.roll(x[k].flip(3) if step % 2 else x[k], tuple(rng.integers(-6, 7, 2).tolist()), (2, 3))
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(net(batch), y[k])
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            plan.step()
-        net.eval()
+        net = train_network(x[train], y[train], epochs)
         with torch.no_grad():
-            out[valid] = net(x[valid])[:, 5].numpy()
-    return out
+            out[valid] = net(x[valid]).numpy()
+            out_real += net(real).numpy() / len(folds) if len(real) else 0
+    return out, out_real
 
 
-def distance_to_real(x, folder):
-    "Total variation distance between the HU histograms inside the head, 0 to 80 HU, phantom beside real; counts."
-    real = []
-    for path in sorted((folder / "rsna" / "stage_1_train_images").glob("*.dcm")):
-        real.append(cv2.resize(hu_of(pydicom.dcmread(path)), (96, 96), interpolation=cv2.INTER_AREA))
-    bins = np.arange(0, 82, 2)
-    a, b = (np.histogram(v, bins)[0] / np.histogram(v, bins)[0].sum() for v in (x, np.stack(real)))
-    return 0.5 * np.abs(a - b).sum(), len(real)
+def total_variation(a, b):
+    "Total variation distance between the histograms of two sets of images, 0 to 80 HU in steps of 2."
+    a, b = (np.histogram(v, np.arange(0, 82, 2))[0] for v in (a, b))
+    return 0.5 * np.abs(a / a.sum() - b / b.sum()).sum()
+
+
+def below_top(looks):
+    "Each slice's distance (mm) below the highest slice with brain (fraction above .02) of its series."
+    top = looks[looks.brain > 0.02].groupby("series").z_mm.max()
+    return looks.series.map(top) - looks.z_mm
+
+
+def compare_looks(x, looks, x_real, real):
+    "Print the distances between the phantom and the real slices: HU, brain fraction by position, noise."
+    print(f"\nHU histogram 0 to 80 HU at 96 px: total variation distance to {len(real)} real slices {total_variation(x, x_real):.3f}")
+    one = real[real.groupby("series")["series"].transform("size") > 1]
+    bins = np.arange(-10, 151, 20)
+    ours, theirs = (t.groupby(pd.cut(below_top(t), bins), observed=False).brain for t in (looks, one))
+    table = pd.DataFrame(dict(phantom=ours.mean(), low=ours.quantile(0.1), high=ours.quantile(0.9), real=theirs.mean())).dropna()
+    print(f"brain fraction by mm below the highest brain slice: mean absolute difference to {one.series.nunique()} real series"
+          f" {(table.phantom - table.real).abs().mean():.3f}; low and high are the phantom's 10th and 90th percentile")
+    print(table.round(3).to_string())
+    a, b = looks.noise.dropna(), real.noise.dropna()
+    print("noise, HU, median [10th, 90th percentile]: " + ", ".join(
+        f"{name} {v.median():.2f} [{v.quantile(0.1):.2f}, {v.quantile(0.9):.2f}] (n {len(v)})" for name, v in (("phantom", a), ("real", b)))
+        + f"; Kolmogorov-Smirnov distance {ks_2samp(a, b).statistic:.3f}")
+
+
+def show_transfer(scores, real):
+    "Print the AUCs of the real slices and draw the scores along the real series."
+    print("\nA network that has seen only the phantom, on real slices (one patient has all positives: no interval)")
+    size = real.groupby("series")["series"].transform("size")
+    for label in LABELS:
+        y = real[label].to_numpy()
+        if 0 < y.sum() < len(y):
+            k = LABELS.index(label)
+            series = (size == size.max()).to_numpy()
+            print(f"  {label:16s} AUC {roc_auc_score(y, scores[:, k]):.3f}  n {len(y)}, {y.sum()} positive;"
+                  f"  within the series {roc_auc_score(y[series], scores[series, k]):.3f}  n {series.sum()}")
+    p = 1 / (1 + np.exp(-scores[:, LABELS.index("any")]))
+    drawn = real.assign(p=p)[size == size.max()].sort_values("z_mm")
+    print("  along the series, from the skull base up: p(any), and the labels")
+    for row in drawn.itertuples():
+        names = ", ".join(s for s in LABELS[:-1] if getattr(row, s))
+        print(f"  {row.z_mm:7.1f} mm {row.p:.2f} {'#' * round(row.p * 40):40s} {names}")
+    single = p[(size == 1).to_numpy()]
+    print(f"  the {len(single)} single slices, all without bleeding: p(any) {' '.join(f'{v:.2f}' for v in np.sort(single))}")
 
 
 def main():
@@ -129,7 +207,7 @@ def main():
         start = time.perf_counter()
         data = make_phantom(Path(tmp) / "phantom", args.patients)
         seconds = time.perf_counter() - start
-        x, histograms, headers, truth = read_all(data)
+        x, histograms, headers, looks, truth = read_all(data)
         cores = len(os.sched_getaffinity(0))
         print(f"{len(truth)} slices, {args.patients} patients, any {truth['any'].mean():.3f}")
         print(f"made in {seconds:.1f} s, {len(truth) / seconds / cores:.1f} slices/s/core on {cores} cores")
@@ -144,15 +222,16 @@ def main():
         "histogram, logistic regression": cross_val_predict(linear, np.sqrt(histograms), y, cv=folds, method="decision_function"),
     }
     start = time.perf_counter()
-    labels = truth[["epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any"]].to_numpy()
-    scores[f"small network, 96 px, {args.epochs} epochs"] = network_scores(x, labels, folds, args.epochs)
+    x_real, real = read_real(Path(args.real) / "rsna") if args.real else (np.zeros((0, 96, 96)), None)
+    out, out_real = network_scores(x, truth[list(LABELS)].to_numpy(), folds, args.epochs, x_real)
+    scores[f"small network, 96 px, {args.epochs} epochs"] = out[:, LABELS.index("any")]
     for name, score in scores.items():
         value, low, high = auc(y, score, patients)
         print(f"{name:40s} AUC any {value:.3f} [{low:.3f}, {high:.3f}]  n {len(y)}, {y.sum()} positive, {len(set(patients))} patients")
     print(f"network: {time.perf_counter() - start:.0f} s for {len(folds)} folds")
     if args.real:
-        tv, n = distance_to_real(x, Path(args.real))
-        print(f"HU histogram 0 to 80 HU at 96 px: total variation distance to {n} real slices {tv:.3f}")
+        compare_looks(x, looks, x_real, real)
+        show_transfer(out_real, real)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['HEADER_TAGS', 'slice_groups', 'subgroup_table', 'bleeding_area', 'plot_subgroups', 'header_scores', 'shortcut_table',
            'worst_mistakes', 'plot_mistakes', 'feature_stage', 'grad_cam', 'load_inputs', 'brain_center', 'is_hit',
-           'play_pointing_game', 'pointing_table', 'plot_grad_cam', 'example_slices', 'make_submission', 'explain']
+           'play_pointing_game', 'pointing_table', 'plot_grad_cam', 'example_slices', 'make_submission',
+           'save_submission', 'explain']
 
 # %% ../nbs/07b_explain.ipynb #07-003
 import json
@@ -297,7 +298,7 @@ def pointing_table(
     *,
     n_boot: int = 1000,
     seed: int = 42,
-) -> pd.DataFrame:  # label, who, value, low, high, n, n_patients
+) -> pd.DataFrame:  # label, who, value, low, high, note, n, n_patients
     "Hit rates by subtype with intervals by patient."
     rows = []
     for label in SUBTYPES:
@@ -305,9 +306,9 @@ def pointing_table(
         codes, ids = pd.factorize(part["PatientID"])
         weights = resample_patients(max(1, len(ids)), n_boot if len(ids) > 1 else 0, seed)
         for who in ("cam", "center"):
-            value = weighted_ratio(weights, codes, part[who].to_numpy(float), np.ones(len(part))) if len(part) else (None, None, None)
-            rows.append((label, {"cam": "Grad-CAM", "center": "center of the brain"}[who], *value, len(part), len(ids)))
-    return pd.DataFrame(rows, columns=["label", "who", "value", "low", "high", "n", "n_patients"])
+            share = weighted_ratio(weights, codes, part[who].to_numpy(float), np.ones(len(part)), "undefined: no held-out slice of this type")
+            rows.append((label, {"cam": "Grad-CAM", "center": "center of the brain"}[who], *share, len(part), len(ids)))
+    return pd.DataFrame(rows, columns=["label", "who", "value", "low", "high", "note", "n", "n_patients"])
 
 # %% ../nbs/07b_explain.ipynb #07-035
 def plot_grad_cam(
@@ -359,13 +360,38 @@ def make_submission(
     "A submission in the competition's form. Raises `InputError` where the sample asks for a slice that has no prediction."
     names = [f"{uid}_{label}" for uid in ids for label in LABELS]
     table = pd.Series(np.asarray(p, np.float64).ravel(), index=names)
+    table = table[~table.index.duplicated()]
     if sample_csv is not None:
-        wanted = pd.read_csv(sample_csv)["ID"]
+        wanted = _read_sample(sample_csv)
         missing = wanted[~wanted.isin(table.index)]
         if len(missing):
             raise InputError(f"{sample_csv}: {len(missing):,} of its rows have no prediction, e.g. {missing.iloc[0]}; predict these slices first")
         table = table.loc[wanted]
     return pd.DataFrame({"ID": table.index, "Label": table.to_numpy()})
+
+# %% ../nbs/07b_explain.ipynb #07-048
+def _read_sample(sample_csv: str | Path) -> pd.Series:
+    "The IDs of a sample submission, in its order."
+    try:
+        table = pd.read_csv(sample_csv)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{sample_csv}: cannot be read as a sample submission: {str(e).splitlines()[0]}") from e
+    if list(table.columns) != ["ID", "Label"]:
+        raise InputError(f"{sample_csv}: has the columns {', '.join(table.columns)}; a sample submission has ID,Label")
+    return table["ID"]
+
+# %% ../nbs/07b_explain.ipynb #07-049
+def save_submission(
+    predicted: pd.DataFrame,  # SOPInstanceUID and six probabilities in columns LABELS, as notebook 08 writes predicted.csv
+    sample_csv: str | Path,  # the competition's sample submission
+    csv: str | Path,  # where the submission goes
+) -> Path:
+    "`csv`, the submission, row by row that of the sample. Raises `InputError` for a slice without a probability."
+    table = make_submission(predicted["SOPInstanceUID"], predicted[list(LABELS)], sample_csv)
+    wrong = table[~table["Label"].between(0, 1)]
+    if len(wrong):
+        raise InputError(f"{len(wrong):,} rows have no probability from 0 to 1, e.g. {wrong['ID'].iloc[0]}: predict these slices again (see column error of predicted.csv)")
+    return save_table(table, csv)
 
 # %% ../nbs/07b_explain.ipynb #07-043
 def explain(

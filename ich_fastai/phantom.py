@@ -29,7 +29,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from .labels import LABELS, SUBTYPES, InputError, project_dir, write_file
 
 # %% ../nbs/02_phantom.ipynb #02-006
-VERSION = 3  # of the phantom: raised whenever a seed gives other bytes
+VERSION = 4  # of the phantom: raised whenever a seed gives other bytes
 MIN_AREA_MM2 = 20.0  # mm2, the least area of a subtype's mask that makes the label 1
 GRID = 256  # the anatomy is drawn on GRID x GRID points, then doubled
 
@@ -128,7 +128,7 @@ def _draw_bump(rng: np.random.Generator) -> tuple:
     "Direction and thickness (mm) of a scalp hematoma; in RSNA's emergency patients common with and without bleeding inside."
     d = np.array([rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(-0.2, 0.6)])
     d /= np.sqrt((d * d).sum()) + 1e-6
-    return (*map(float, d), float(rng.uniform(5, 16) * (rng.random() < 0.4)))
+    return (*map(float, d), float(rng.uniform(4, 13) * (rng.random() < 0.35)))
 
 # %% ../nbs/02_phantom.ipynb #02-020
 def draw_head(
@@ -169,8 +169,14 @@ def _paint(hu, cover, value):
     hu += (value - hu) * cover
     return hu
 
+# %% ../nbs/02_phantom.ipynb #02-101
+def _step(t):  # any number
+    "0 below 0, 1 above 1, smooth between."
+    t = np.clip(t, 0, 1)
+    return t * t * (3 - 2 * t)
+
 # %% ../nbs/02_phantom.ipynb #02-027
-def _frame(head: Head, x, y, z):
+def _frame(head: Head, x, y, z, rough):
     "Signed distances, mm: outer skull, inner table, and the floor of the cranial cavity (negative above the floor)."
     taper = 1 + np.clip(y, -90, 40) * np.float32(0.0011)  # narrower in front
     up = z > 0
@@ -183,10 +189,10 @@ def _frame(head: Head, x, y, z):
     ps, qs = p * (1 / head.width), q * (1 / head.length)
     r = np.sqrt(r2)
     outer = (r - 1) * r / (np.sqrt(ps * ps + qs * qs + zs * zs) + np.float32(1e-4))
-    ax = np.abs(x)
-    front, back = np.clip((-y - 22) * np.float32(0.12), 0, 1), np.clip((y - 4 - 0.25 * ax) * np.float32(0.1), 0, 1)
-    middle = np.clip((ax - 12) * np.float32(0.1), 0, 1)
-    height = -27 - 18 * middle * (1 - front) - 34 * back + 4 * front  # mm: fossae at about -23 (anterior), -45 (middle), -61 (posterior)
+    ax = np.abs(x) + rough
+    front, back = _step((-y - 18 - 0.12 * ax) * np.float32(0.08)), _step((y - 2 - 0.25 * ax) * np.float32(0.07))
+    middle = _step((ax - 10) * np.float32(0.08))
+    height = -27 - 18 * middle * (1 - front) - 34 * back + 4 * front + 1.5 * rough  # mm: fossae at about -23 (anterior), -45 (middle), -61 (posterior)
     return outer, outer + head.skull, height - z
 
 # %% ../nbs/02_phantom.ipynb #02-028
@@ -237,8 +243,10 @@ def _paint_base(hu, head: Head, x, y, z, outer, floor, rough):
     under = inside * _cover(-floor, 1.5)
     _paint(hu, under, head.muscle)
     _paint(hu, under * _cover(np.abs(rough - 0.6) * 6 - 0.9), HU["fat"])  # planes of fat between the muscles
-    _paint(hu, under * _cover(np.abs(floor - 2.2) - 2.4 - 0.8 * rough, 1.2), HU["bone"])
-    _paint(hu, under * _cover(np.abs(outer + 3) - 2.5 - rough, 1.2) * (y > -60), HU["bone"] * 0.8)
+    _paint(hu, under * _cover(np.abs(floor - 1.6) - 1.8 - 0.8 * rough, 1.2), HU["bone"])
+    ring = (y > -60) * (z > -50 - 0.3 * np.clip(y, 0, 50))  # temporal bones end at the base, the occipital bone at the foramen magnum
+    _paint(hu, under * _cover(np.abs(outer + 3) - 2.5 - rough, 1.2) * ring, HU["bone"] * 0.8)
+    _paint(hu, under * _cover(_ellipsoid(ax, y, z, (50, -16, -84), (4, 12, 30)) + 0.5 * rough), HU["bone"])  # the jaw
     nose = _ellipsoid(x, y, z, (0, -66, -52), (15, 26, 30))
     cells = np.abs(np.abs(x + rough) - 7) - 1.0  # septa of the ethmoid
     _paint(hu, inside * _cover(nose), HU["bone"] * 0.7)
@@ -282,7 +290,7 @@ def _bump(head: Head, x, y, z):
     if not thick:
         return np.float32(0)
     along = (x * dx + y * dy + z * dz) / (np.sqrt(x * x + y * y + z * z) + np.float32(1))
-    return thick * np.clip((along - 0.78) * 8, 0, 1)
+    return thick * _step((along - 0.72) * 4.5)
 
 # %% ../nbs/02_phantom.ipynb #02-034
 def _paint_vault(hu, head: Head, x, y, z, outer, inner, floor, rough):
@@ -290,7 +298,7 @@ def _paint_vault(hu, head: Head, x, y, z, outer, inner, floor, rough):
     scalp = outer - head.scalp - _bump(head, x, y, z)
     _paint(hu, _cover(scalp), HU["skin"])
     _paint(hu, _cover(scalp + 2), HU["fat"])
-    _paint(hu, _cover(scalp + 2) * (_bump(head, x, y, z) > 1.5), head.vein + 4)  # clotted blood outside the skull
+    _paint(hu, _cover(scalp + 2) * (_bump(head, x, y, z) > 1.5), head.vein - 2 + 7 * rough)  # clotted blood outside the skull
     temporalis = _cover(_ellipsoid(np.abs(x), y, z, (head.width - 4, -25, -15), (12, 28, 32)))
     _paint(hu, _cover(scalp + 2) * temporalis, head.muscle)
     _paint(hu, _cover(outer), HU["bone"])
@@ -335,6 +343,15 @@ def draw_bleed(
     place = (side * u(0, 12), u(-14, -4), u(-22, -12)) if variant < 0.5 else (side * u(30, 55), u(-40, 45), u(0, 50))
     return Bleed(kind, place, float(u(22, 46)), min(hu, 68.0), variant)
 
+# %% ../nbs/02_phantom.ipynb #02-102
+def _same_bone(y0: float, z0: float, y, z):  # mm
+    "The share of each point on the same side of the coronal and lambdoid sutures as (y0, z0): the dura is fixed there, and epidural blood ends."
+    cover = np.float32(1)
+    for base, slope in ((-38, 0.25), (52, 0.15)):  # mm, y at z = 0, and how it moves with z
+        side = 1 if y0 > base + slope * z0 else -1
+        cover = cover * _cover((base + slope * z - y) * side, 2)
+    return cover
+
 # %% ../nbs/02_phantom.ipynb #02-038
 def _bleed_cover(bleed: Bleed, head: Head, x, y, z, inner, csf, ventricles, rough):
     "The share of blood of this bleed at each point, (h, w) in 0 to 1."
@@ -344,11 +361,14 @@ def _bleed_cover(bleed: Bleed, head: Head, x, y, z, inner, csf, ventricles, roug
         ball = 30 + 18 * bleed.variant
         away = reach + ball - bleed.size
         dx, dy, dz = x - cx * away, y - cy * away, z - cz * away
-        return _cover(np.sqrt(dx * dx + dy * dy + dz * dz) - ball) * _cover(inner)
+        return _cover(np.sqrt(dx * dx + dy * dy + dz * dz) - ball) * _cover(inner) * _same_bone(cy * reach, cz * reach, y, z)
     if bleed.kind == 4 and bleed.variant < 0.2:  # beside the falx
         thick = bleed.size * 0.5 * np.clip(1.3 - np.abs(y - 60 * cy) * 0.03, 0, 1)
         beside = _cover(np.abs(x - np.sign(cx) * (0.5 + thick * 0.5)) - thick * 0.5) * (thick > 0.5)
         return beside * _cover(35 - np.sqrt(y * y * 0.5 + (z - 6) * (z - 6)), 4)
+    if bleed.kind == 4 and bleed.variant < 0.3:  # on the tentorium
+        thick = bleed.size * 0.6 * np.clip(x * (np.sign(cx) / 12), 0, 1)
+        return _cover(np.abs(z + 14 + 0.16 * y - 0.9 - thick * 0.5) - thick * 0.5) * _cover(8 - y, 6) * _cover(inner) * (thick > 0.5)
     if bleed.kind == 4:
         r = np.sqrt(x * x + y * y + z * z) + np.float32(1)
         along = (x * cx + y * cy + z * cz) / r
@@ -357,7 +377,7 @@ def _bleed_cover(bleed: Bleed, head: Head, x, y, z, inner, csf, ventricles, roug
         return _cover(-inner - thick + 0.4 * rough) * _cover(inner) * (thick > 0.5)
     if bleed.kind == 1:
         radii = (bleed.size * 0.8, bleed.size * (1 + 0.4 * bleed.variant), bleed.size * 0.9)
-        return _cover(_ellipsoid(x, y, z, bleed.center, radii) + rough * bleed.size * 0.13, 1.5)
+        return _cover(_ellipsoid(x, y, z, bleed.center, radii) + rough * bleed.size * 0.16, 2.5)
     if bleed.kind == 2:
         level = y - (35 - 60 * bleed.size)  # blood layers towards the back
         one_side = 1 if bleed.variant < 0.6 else _cover(-x * bleed.center[0] - 2, 2)
@@ -382,8 +402,8 @@ def draw_plane(
     x: np.ndarray, y: np.ndarray, z: np.ndarray,  # (h, w) float32, mm in the head
 ) -> tuple[np.ndarray, np.ndarray]:  # (h, w) float32 HU; (5, h, w) float32, share of blood by SUBTYPES
     "An infinitely thin slice without noise, and its bleeding."
-    outer, inner, floor = _frame(head, x, y, z)
     rough = _double(_sample_field(head.rough, x[::2, ::2], y[::2, ::2], z[::2, ::2]))
+    outer, inner, floor = _frame(head, x, y, z, rough)
     sulci = _double(_sample_field(head.sulci, x[::2, ::2], y[::2, ::2], z[::2, ::2]))
     xb = _shift_midline(bleeds, x, y, z)
     cavity = np.maximum(inner, floor)
@@ -405,7 +425,7 @@ def draw_plane(
     _paint(brain, _sinuses(x, y, z, -cavity), head.vein)
     for b in bleeds:
         share = _bleed_cover(b, head, x if b.kind in (0, 4) else xb, y, z, inner, open_csf, open_ventricles, rough) * _cover(cavity)
-        _paint(brain, share, b.hu + 2.5 * rough)
+        _paint(brain, share, b.hu + (2 * rough + 3 * sulci if b.kind == 1 else 2.5 * rough))
         shares[b.kind] = np.maximum(shares[b.kind], share)
     _paint_calcifications(brain, head, xb, y, z)
     brain += head.rim * np.clip(1 + cavity * np.float32(1 / 9), 0, 1)
@@ -463,14 +483,16 @@ class Scan(NamedTuple):
     kernel: int  # rounds of smoothing of the noise: 0 sharp, 1 standard, 2 soft
     hardening: float  # HU, depth of the dark band between the petrous bones
     motion: float  # mm, 0 for none
+    metal: tuple  # x, y, z of a piece of metal in the head, mm, and the depth of its streaks, HU, 0 for none
     holder: float  # mm, radius of the head holder, 0 for none
+    rails: bool  # is the holder two rails?
     offset: float  # HU, error of the scanner's calibration
     encoding: str  # key of ENCODINGS
 
 # %% ../nbs/02_phantom.ipynb #02-047
 def _rotation(rng: np.random.Generator) -> np.ndarray:
     "A small random turn of the head on the table, (3, 3)."
-    roll, yaw, pitch = rng.normal(0, (0.04, 0.10, 0.06))
+    roll, yaw, pitch = rng.normal(0, (0.05, 0.15, 0.07))
     turns = []
     for i, j, t in ((0, 2, roll), (0, 1, yaw), (1, 2, pitch)):
         c, s = (1 - t * t / 4) / (1 + t * t / 4), t / (1 + t * t / 4)  # exact cosine and sine of 2 atan(t / 2)
@@ -490,18 +512,20 @@ def draw_scan(
     u = rng.uniform
     t = u(-0.35, 0.1) * (rng.random() < 0.92)
     tilt = ((1 - t * t / 4) / (1 + t * t / 4), t / (1 + t * t / 4))
-    spacing = round(u(0.44, 0.50), 6)
+    spacing = round(u(0.43, 0.52), 6)
     low, high = -72 + u(-6, 6), 84 + u(-6, 6)
     step = round((high - low) / n_slices, 3)
     half = spacing * 255.5
     origin = (round(-half, 6), round(-half * tilt[0] + u(-20, 5), 6), round(u(-50, 250), 6))
     middle = np.array(origin) + np.array([half, half * tilt[0], half * tilt[1]])
-    center = middle + np.array([u(-6, 6), u(-6, 6), -low])
+    center = middle + np.array([u(-10, 10), u(-6, 10), -low])
     z = tuple(round(step * k, 3) for k in range(n_slices))
     pose = tuple(map(tuple, _rotation(rng)))
-    noise, kernel, hardening = u(3, 6), int(rng.integers(0, 3)), u(0, 14)
-    motion, holder = u(1, 2.5) * (rng.random() < 0.06), u(112, 125) * (rng.random() < 0.85)
-    return Scan(spacing, min(5.0, step), tilt, origin, z, pose, tuple(center), noise, kernel, hardening, motion, holder, u(-3, 3), encoding)
+    noise, kernel, hardening = u(3, 7), int(rng.integers(0, 3)), u(0, 14)
+    motion, holder = u(1, 2.5) * (rng.random() < 0.06), u(100, 115) * (rng.random() < 0.85)
+    metal = (u(-45, 45), u(-50, 50), u(-60, 40), u(40, 160) * (rng.random() < 0.08))  # a clip, a filling, an electrode
+    rails = bool(rng.random() < 0.4)
+    return Scan(spacing, min(5.0, step), tilt, origin, z, pose, tuple(center), noise, kernel, hardening, motion, metal, holder, rails, u(-3, 3), encoding)
 
 # %% ../nbs/02_phantom.ipynb #02-049
 def _plane_points(scan: Scan, z: float, offset: float):
@@ -516,9 +540,22 @@ def _plane_points(scan: Scan, z: float, offset: float):
     m = np.array(scan.pose, np.float32)
     return [px * m[k, 0] + (py * m[k, 1] + pz * m[k, 2]) for k in range(3)]
 
+# %% ../nbs/02_phantom.ipynb #02-103
+def _add_metal(hu, scan: Scan, rng: np.random.Generator, x, y):
+    "`hu` (512, 512) with a piece of metal and the bright and dark streaks around it."
+    dx, dy = x - np.float32(scan.metal[0]), y - np.float32(scan.metal[1])
+    r = np.sqrt(dx * dx + dy * dy)
+    streaks = np.zeros(x.shape, np.float32)
+    for k in range(14):
+        a, b = rng.uniform(-1, 1, 2)
+        across = (dx * a + dy * b) * (1 / np.sqrt(a * a + b * b + 1e-6))
+        streaks += np.clip(1 - np.abs(across) * 0.4, 0, 1) * np.float32(scan.metal[3] * (1 - k % 2 * 2))
+    hu = hu + _double(streaks / (1 + r * np.float32(0.06)))
+    return _paint(hu, _double(_cover(r - 2.5)), np.float32(3000))
+
 # %% ../nbs/02_phantom.ipynb #02-050
 def _add_scanner(hu, scan: Scan, rng: np.random.Generator, points):
-    "`hu` (512, 512) with head holder, beam hardening, motion and noise."
+    "`hu` (512, 512) with beam hardening, motion, metal and noise."
     x, y, z = points
     if scan.motion:
         shift = max(1, round(scan.motion / scan.spacing))
@@ -526,6 +563,8 @@ def _add_scanner(hu, scan: Scan, rng: np.random.Generator, points):
     if scan.hardening:
         band = np.clip(1 - np.abs(y - 10) * 0.06, 0, 1) * np.clip(1 - np.abs(z + 44) * 0.07, 0, 1) * np.clip((48 - np.abs(x)) * 0.1, 0, 1)
         hu = hu - _double(band * np.float32(scan.hardening))
+    if scan.metal[3] and np.abs(z - scan.metal[2]).min() < 6:
+        hu = _add_metal(hu, scan, rng, x, y)
     noise = rng.standard_normal(hu.shape, dtype=np.float32)
     noise = _smooth(noise, scan.kernel) * np.float32((1, 2.667, 3.657)[scan.kernel] * scan.noise)
     return hu + np.float32(scan.offset) + noise * np.where(hu < -300, np.float32(0.6), np.float32(1))
@@ -552,10 +591,11 @@ def draw_slice(
 
 # %% ../nbs/02_phantom.ipynb #02-052
 def _paint_holder(hu, scan: Scan):
-    "The curved head holder behind the head, on the (GRID, GRID) image, in place."
+    "The head holder, a bowl behind the head or a rail at each side, on the (GRID, GRID) image, in place."
     i = (np.arange(GRID, dtype=np.float32) - np.float32(GRID / 2 - 0.5)) * np.float32(scan.spacing * 512 / GRID)
-    r = np.sqrt(i[None, :] * i[None, :] + (i[:, None] + 8) * (i[:, None] + 8))
-    return _paint(hu, _cover(np.abs(r - scan.holder) - 1.2, 1.2) * (i[:, None] > 25) * (hu < -500), HU["holder"])
+    x, y = i[None, :], i[:, None]
+    r = np.abs(x) + 0 * y if scan.rails else np.sqrt(x * x + (y + 8) * (y + 8))
+    return _paint(hu, _cover(np.abs(r - scan.holder) - 1.4, 1.2) * (y > (-5 if scan.rails else 25)) * (y < (70 if scan.rails else 200)) * (hu < -500), HU["holder"])
 
 # %% ../nbs/02_phantom.ipynb #02-054
 ENCODINGS = {"12u": (12, 0, -1024), "12s": (12, 1, 0), "16s": (16, 1, -1024)}  # BitsStored, PixelRepresentation, RescaleIntercept
@@ -718,8 +758,7 @@ def _write_slice(folder: Path, seed, patient: Patient, head: Head, bleeds, scan:
         "SOPInstanceUID": uid, "PatientID": ids[0], "StudyInstanceUID": ids[1], "SeriesInstanceUID": ids[2], "index": k, "z_mm": scan.z[k], **labels,
         "any": int(any(labels.values())), **{f"{s}_mm2": a for s, a in zip(SUBTYPES, areas, strict=True)}, "traps": patient.trap,
         "encoding": patient.encoding, "implicit_vr": implicit, "tilt_sin": scan.tilt[1],
-        "noise_hu": scan.noise, "motion_mm": float(scan.motion),
-        "hardening_hu": scan.hardening,
+        "noise_hu": scan.noise, "motion_mm": float(scan.motion), "metal_hu": float(scan.metal[3]), "hardening_hu": scan.hardening,
     }
 
 # %% ../nbs/02_phantom.ipynb #02-072

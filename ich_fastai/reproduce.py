@@ -287,14 +287,14 @@ def notebook_title(
 def render_table(
     csv: Path,  # a table of the run
 ) -> str:  # HTML; a sentence where the table is missing
-    "A CSV of the run as an HTML table; empty cells are shown as a dash."
+    "A CSV of the run as an HTML table: whole numbers with thousands separators, empty cells as a dash."
     import pandas as pd
 
     if not csv.is_file():
         return f'<p class="soft">{csv.name}: not made in this run.</p>'
-    table = pd.read_csv(csv, dtype=str, keep_default_na=False).replace("", "–")
-    kind = "" if csv.stem == "flow" else ' class="text"'
-    return f'<div class="scroll"{kind}>{table.to_html(index=False, border=0)}</div>'.replace('class="scroll" class="text"', 'class="scroll text"')
+    table = pd.read_csv(csv, dtype=str, keep_default_na=False).map(lambda v: f"{int(v):,}" if v.isdigit() else v or "–")
+    kind = "scroll" if csv.stem == "flow" else "scroll text"
+    return f'<div class="{kind}">{table.to_html(index=False, border=0)}</div>'
 
 # %% ../nbs/10_reproduce.ipynb #10-038
 def _pictures(run_dir: Path) -> str:
@@ -338,12 +338,13 @@ def write_report(
         title, subtitle = (html.escape(t) for t in notebook_title(path))
         seconds = manifest["seconds"].get(path.stem)
         rows.append(
-            f'<tr><td><a href="notebooks/{path.stem}.html">{path.stem[:2]}. {title}</a><br><span class="soft">{subtitle}</span></td><td>{seconds or 0:.0f} s</td></tr>'
+            f'<tr><td><a href="notebooks/{path.stem}.html">{path.stem.partition("_")[0]}. {title}</a><br><span class="soft">{subtitle}</span></td><td>{seconds or 0:.0f} s</td></tr>'
         )
     body = (
         "<h1>Intracranial hemorrhage in head CT</h1><blockquote>Detection and classification with fastai: the study, reproduced.</blockquote>"
         f"<h2>Results on held-out patients</h2>{render_table(run_dir / 'tables' / 'headline.csv')}{_pictures(run_dir)}"
         f"<h2>What the paper says, what we get</h2>{render_table(run_dir / 'tables' / 'paper.csv')}"
+        f"<h2>The paper's two remedies for imbalance</h2>{render_table(run_dir / 'tables' / 'imbalance.csv')}"
         f"<h2>The flow of slices</h2>{render_table(run_dir / 'tables' / 'flow.csv')}"
         f'<h2>The notebooks, as they ran</h2><div class="scroll"><table>{"".join(rows)}</table></div>'
         f"<h2>Where the numbers come from</h2>{_provenance(manifest)}"
@@ -448,7 +449,10 @@ def reproduce(
     with _locked(run_dir):
         seconds = _finished(run_dir, params) if resume else _kept_seconds(run_dir, chosen)
         data_dir = prepare_data(data, run_dir, params, declared)
-        manifest = _start_manifest(preset, params, data_dir, seconds)
+        inputs = describe_inputs(data_dir)
+        if resume and seconds and json.loads((run_dir / "manifest.json").read_text())["inputs"] != inputs:
+            raise InputError(f"{run_dir}: cannot resume, the data is not what it was; run without --resume")
+        manifest = _start_manifest(preset, params, data_dir, inputs, seconds)
         write_manifest(run_dir, manifest)
         given = params | {"data_dir": str(data_dir), "run_dir": str(run_dir), "labels_csv": str(find_dataset(data_dir).labels_csv)}
         _run_all([n for n in chosen if not (resume and n in seconds)], declared, given, run_dir, manifest)
@@ -462,7 +466,7 @@ def _kept_seconds(run_dir: Path, chosen: tuple) -> dict:
     return {n: s for n, s in seconds.items() if n < chosen[0]}
 
 # %% ../nbs/10_reproduce.ipynb #10-050
-def _start_manifest(preset: str, params: dict, data_dir: Path, seconds: dict) -> dict:
+def _start_manifest(preset: str, params: dict, data_dir: Path, inputs: dict, seconds: dict) -> dict:
     "The manifest of a run about to start."
     from ich_fastai.phantom import is_phantom
 
@@ -472,7 +476,7 @@ def _start_manifest(preset: str, params: dict, data_dir: Path, seconds: dict) ->
         "data": data_dir.name,
         "synthetic": is_phantom(data_dir),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "inputs": describe_inputs(data_dir),
+        "inputs": inputs,
         **describe_software(),
         "seconds": dict(seconds),
     }

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pandas as pd
 import pytest
@@ -18,7 +19,7 @@ def test_the_chain_runs_and_prints_headline_and_report(tiny_run):
     assert re.search(r"Report: \S*index\.html", done.stdout)
     assert "synthetic" in done.stdout and "any" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert [line.split()[0] for line in done.stdout.splitlines() if re.match(r"\d\d_", line)] == NOTEBOOKS
+    assert [line.split()[0] for line in done.stdout.splitlines() if re.match(r"\d\d\w?_", line)] == NOTEBOOKS
 
 
 def test_the_parameters_arrived_in_each_notebook(tiny_run):
@@ -79,10 +80,15 @@ def test_the_report_is_plain_html_with_its_notices(tiny_run):
     assert re.search(r"<td>nan</td>", index) is None
 
 
-def test_resume_refuses_other_parameters_and_skips_what_is_done(tiny_run, command):
+def test_resume_refuses_other_parameters_and_data_and_skips_what_is_done(tiny_run, command, tmp_path):
     run_dir, _ = tiny_run
     done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir, "--resume", "--set", "seed=7")
     assert done.returncode == 1 and "cannot resume with other parameters (seed)" in done.stderr
+    other = tmp_path / "data"
+    shutil.copytree(run_dir / "data", other)
+    next(other.rglob("*.dcm")).unlink()
+    done = command("ich-reproduce", "--preset", "tiny", "--data", other, "--out", run_dir, "--resume")
+    assert done.returncode == 1 and "the data is not what it was" in done.stderr
     before = (run_dir / "predictions.parquet").stat().st_mtime_ns
     done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir, "--resume")
     assert done.returncode == 0 and (run_dir / "predictions.parquet").stat().st_mtime_ns == before

@@ -1,0 +1,203 @@
+"""Metrics with patient-bootstrap intervals against a loop over scikit-learn: speed, memory, the whole RSNA set, and whether the intervals hold what they promise.
+
+python benchmarks/evaluate.py [SECTION ...] [--slices 100000] [--resamples 1000] [--datasets 500]
+
+Sections: speed memory whole study coverage (all by default). Simulated labels with RSNA's prevalences, 39.5 slices a patient, one core.
+The loop would take hours, so a few of its resamples are timed, in turn with ours, and the rest is extrapolated.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+
+for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[threads] = "1"
+
+import numpy as np
+import pandas as pd
+from scipy.special import expit, logit
+
+from ich_fastai.evaluate import find_interval, log_losses, metrics_table, patient_sums, rank_metrics, resample_patients
+from ich_fastai.labels import LABELS, class_balance, read_combinations
+
+SECTIONS = ("speed", "memory", "whole", "study", "coverage")
+SLICES_PER_PATIENT = 674_258 / 17_079
+THRESHOLD = 0.2
+
+
+def use_one_core():
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+def draw_slices(n, seed=0):
+    "Labels, probabilities and patients of n slices; no patient is without one."
+    rng = np.random.default_rng(seed)
+    n_patients = max(2, round(n / SLICES_PER_PATIENT))
+    patient = np.r_[np.arange(n_patients), rng.integers(n_patients, size=n - n_patients)]
+    prevalence = class_balance(read_combinations())["p"].to_numpy()
+    y = (rng.random((n, len(LABELS))) < prevalence).astype(int)
+    x = rng.normal(size=y.shape) + rng.normal(0, 0.5, n_patients)[patient][:, None] + 2.5 * y + logit(prevalence) - 1
+    return y, expit(x), patient
+
+
+def draw_levels(n):
+    "Slices, and the studies they make: the largest probability of each patient."
+    y, p, patient = draw_slices(n)
+    studies = [pd.DataFrame(a).groupby(patient).max().to_numpy() for a in (y, p)]
+    return {"slice": (y, p, patient), "study": (*studies, np.unique(patient))}
+
+
+def our_tables(levels, resamples):
+    for y, p, patient in levels.values():
+        metrics_table(y, p, patient, np.full(y.shape, THRESHOLD), n_boot=resamples)
+
+
+def sklearn_metrics(y, p):
+    "The same metrics of one label, one scikit-learn call each."
+    from sklearn import metrics as sk
+    from sklearn.calibration import calibration_curve
+    from sklearn.linear_model import LogisticRegression
+
+    fpr, tpr, _ = sk.roc_curve(y, p)
+    seen, said = calibration_curve(y, p, n_bins=10, strategy="quantile")
+    return (
+        sk.roc_auc_score(y, p), sk.average_precision_score(y, p), tpr[fpr <= 0.1].max(), tpr[fpr <= 0.05].max(), sk.log_loss(y, p), sk.brier_score_loss(y, p),
+        np.abs(seen - said).mean(), sk.recall_score(y, p >= THRESHOLD), sk.recall_score(y, p >= THRESHOLD, pos_label=0),
+        LogisticRegression(C=1e12).fit(logit(p)[:, None], y).coef_[0, 0],
+    )
+
+
+def sklearn_resample(levels, rng):
+    "One resample of patients: gather their slices, then every metric of every label."
+    for y, p, patient in levels.values():
+        order = np.argsort(patient, kind="stable")
+        starts = np.searchsorted(patient[order], np.arange(patient.max() + 2))
+        rows = np.concatenate([order[starts[k] : starts[k + 1]] for k in rng.integers(patient.max() + 1, size=patient.max() + 1)])
+        for k in range(len(LABELS)):
+            sklearn_metrics(y[rows, k], p[rows, k])
+
+
+def timed(function, *arguments):
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def measure_speed(options):
+    levels, rng = draw_levels(options.slices), np.random.default_rng(0)
+    seconds = {"ours": [], "loop": []}
+    our_tables(levels, 10)
+    for _ in range(3):
+        seconds["ours"].append(timed(our_tables, levels, options.resamples))
+        seconds["loop"].append(timed(sklearn_resample, levels, rng))
+    ours, one = (statistics.median(values) for values in seconds.values())
+    loop = one * options.resamples
+    print(f"ours, {options.resamples:,} resamples of all metrics, {len(LABELS)} labels, by slice and by study: {ours:.1f} s (claim: 20 or less)")
+    print(f"loop over scikit-learn: {one:.2f} s a resample, so about {loop:,.0f} s for all (extrapolated from {len(seconds['loop'])})")
+    print(f"ours is {loop / ours:.0f} times as fast (claim: 20 or more)")
+
+
+def in_a_fresh_process(slices, resamples):
+    "Seconds and MB by which the peak resident size grows, in a process that has imported everything and drawn the data."
+    done = subprocess.run([sys.executable, __file__, "--once", "--slices", str(slices), "--resamples", str(resamples)], capture_output=True, text=True, check=True)
+    return [float(x) for x in done.stdout.split()]
+
+
+def run_once(options):
+    import resource
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    levels = draw_levels(options.slices)
+    before = peak()
+    print(timed(our_tables, levels, options.resamples), peak() - before, peak())
+
+
+def measure_memory(options):
+    seconds, growth, peak = in_a_fresh_process(options.slices, options.resamples)
+    print(f"peak memory: {peak:,.0f} MB, of it {growth:,.0f} MB for the metrics (claim: under 1,500); {seconds:.1f} s")
+
+
+def measure_whole(options):
+    seconds, growth, peak = in_a_fresh_process(674_258, options.resamples)
+    print(f"all 674,258 slices of stage 1: {seconds:.0f} s, peak memory {peak:,.0f} MB ({growth:,.0f} MB for the metrics)")
+
+
+def measure_study(options):
+    "Four arms, two of them corrected, as notebook 09 compares them."
+    from ich_fastai.paper import describe_study, difference_table, run_study, table_2
+
+    y, p, patient = draw_slices(options.slices)
+    rng, arms = np.random.default_rng(1), {}
+    for arm, keep_rate in (("undersample+inverse", 0.2), ("undersample+none", 0.2), ("none+inverse", 1.0), ("none+none", 1.0)):
+        x = logit(p) + rng.normal(0, 0.3, p.shape)
+        columns = dict(zip(LABELS, y.T, strict=True)) | {f"logit_{label}": x[:, k] for k, label in enumerate(LABELS)}
+        arms[arm] = pd.DataFrame({"PatientID": patient, "fold": 0, "keep_rate": keep_rate} | columns), {"training": {"folds": []}}
+
+    def compare():
+        study = run_study(arms, n_boot=options.resamples)
+        table_2(study)
+        describe_study(study, difference_table(study))
+
+    print(f"Table 2 with all paired differences, 4 arms, raw and corrected, {options.resamples:,} resamples: {timed(compare):.1f} s")
+
+
+def draw_clustered(n_patients, each, seed):
+    "Slices of a patient share what the model sees and what it does not see of them; the numbers of slices differ."
+    rng = np.random.default_rng(seed)
+    patient = np.repeat(np.arange(n_patients), rng.integers(1, 2 * each, n_patients))
+    seen, hidden = rng.normal(0, 1, n_patients)[patient], rng.normal(0, 1, n_patients)[patient]
+    x = seen + rng.normal(0, 0.7, len(patient)) - 1.5
+    return (rng.random(len(patient)) < expit(x + hidden)).astype(int), expit(x), patient
+
+
+def find_both(y, p, patient, weights):
+    "AUC and log loss for every row of weights."
+    loss, n = (weights @ patient_sums(patient, log_losses(y, p), np.ones(len(y)), n_patients=weights.shape[1])).T
+    return {"AUC": rank_metrics(y, p, patient, weights, ())["auc"], "log loss": loss / n}
+
+
+def measure_coverage(options, n_patients=200, each=10, resamples=500):
+    y, p, patient = draw_clustered(300_000, each, seed=10**6)
+    truth = {name: values[0] for name, values in find_both(y, p, patient, np.ones((1, 300_000))).items()}
+    print(f"truth, from 300,000 patients: AUC {truth['AUC']:.4f}, log loss {truth['log loss']:.4f}")
+    covered = {(way, name): 0 for way in ("by patient", "by slice") for name in truth}
+    for seed in range(options.datasets):
+        y, p, patient = draw_clustered(n_patients, each, seed)
+        for way, unit in (("by patient", patient), ("by slice", np.arange(len(y)))):
+            for name, values in find_both(y, p, unit, resample_patients(unit.max() + 1, resamples, seed)).items():
+                _, low, high = find_interval(values)
+                covered[way, name] += low <= truth[name] <= high
+    print(f"{options.datasets} datasets of {n_patients} patients with {each} slices each on average, {resamples} resamples:")
+    for (way, name), n in covered.items():
+        share = n / options.datasets
+        error = 1.96 * (share * (1 - share) / options.datasets) ** 0.5
+        claim = "claim: 93% to 97%" if way == "by patient" else "for comparison: too narrow"
+        print(f"bootstrap {way}: the 95% interval of the {name} holds the truth in {share:.1%} +- {error:.1%} ({claim})")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", default=SECTIONS, choices=SECTIONS)
+    parser.add_argument("--slices", type=int, default=100_000)
+    parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument("--datasets", type=int, default=500)
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    use_one_core()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if options.once:
+        return run_once(options)
+    for section in options.sections:
+        print(f"## {section}, {options.slices:,} slices" if section in ("speed", "memory", "study") else f"## {section}", flush=True)
+        globals()[f"measure_{section}"](options)
+
+
+if __name__ == "__main__":
+    main()
