@@ -1,6 +1,6 @@
 """Metrics with patient-bootstrap intervals against a loop over scikit-learn: speed, memory, the whole RSNA set, and whether the intervals hold what they promise.
 
-python benchmarks/evaluate.py [SECTION ...] [--slices 100000] [--resamples 1000] [--datasets 500]
+python benchmarks/evaluate.py [SECTION ...] [--slices 100000] [--resamples 1000] [--datasets 600] [--patients 400]
 
 Sections: speed memory whole study coverage (all by default). Simulated labels with RSNA's prevalences, 39.5 slices a patient, one core.
 The loop would take hours, so a few of its resamples are timed, in turn with ours, and the rest is extrapolated.
@@ -103,7 +103,7 @@ def measure_speed(options):
 
 
 def in_a_fresh_process(slices, resamples):
-    "Seconds and MB by which the peak resident size grows, in a process that has imported everything and drawn the data."
+    "Seconds, and the peak resident size in MB of the whole process: imports, data and metrics."
     done = subprocess.run([sys.executable, __file__, "--once", "--slices", str(slices), "--resamples", str(resamples)], capture_output=True, text=True, check=True)
     return [float(x) for x in done.stdout.split()]
 
@@ -111,22 +111,18 @@ def in_a_fresh_process(slices, resamples):
 def run_once(options):
     import resource
 
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    levels = draw_levels(options.slices)
-    before = peak()
-    print(timed(our_tables, levels, options.resamples), peak() - before, peak())
+    seconds = timed(our_tables, draw_levels(options.slices), options.resamples)
+    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def measure_memory(options):
-    seconds, growth, peak = in_a_fresh_process(options.slices, options.resamples)
-    print(f"peak memory: {peak:,.0f} MB, of it {growth:,.0f} MB for the metrics (claim: under 1,500); {seconds:.1f} s")
+    seconds, peak = in_a_fresh_process(options.slices, options.resamples)
+    print(f"peak memory of the whole process, data included: {peak:,.0f} MB (claim: under 1,500); {seconds:.1f} s")
 
 
 def measure_whole(options):
-    seconds, growth, peak = in_a_fresh_process(674_258, options.resamples)
-    print(f"all 674,258 slices of stage 1: {seconds:.0f} s, peak memory {peak:,.0f} MB ({growth:,.0f} MB for the metrics)")
+    seconds, peak = in_a_fresh_process(674_258, options.resamples)
+    print(f"all 674,258 slices of stage 1, {options.resamples:,} resamples: {seconds:.0f} s, peak memory {peak:,.0f} MB")
 
 
 def measure_study(options):
@@ -163,7 +159,8 @@ def find_both(y, p, patient, weights):
     return {"AUC": rank_metrics(y, p, patient, weights, ())["auc"], "log loss": loss / n}
 
 
-def measure_coverage(options, n_patients=200, each=10, resamples=500):
+def measure_coverage(options, each=10):
+    n_patients, resamples = options.patients, options.resamples
     y, p, patient = draw_clustered(300_000, each, seed=10**6)
     truth = {name: values[0] for name, values in find_both(y, p, patient, np.ones((1, 300_000))).items()}
     print(f"truth, from 300,000 patients: AUC {truth['AUC']:.4f}, log loss {truth['log loss']:.4f}")
@@ -174,7 +171,7 @@ def measure_coverage(options, n_patients=200, each=10, resamples=500):
             for name, values in find_both(y, p, unit, resample_patients(unit.max() + 1, resamples, seed)).items():
                 _, low, high = find_interval(values)
                 covered[way, name] += low <= truth[name] <= high
-    print(f"{options.datasets} datasets of {n_patients} patients with {each} slices each on average, {resamples} resamples:")
+    print(f"{options.datasets} datasets of {n_patients} patients with {each} slices each on average, {resamples:,} resamples:")
     for (way, name), n in covered.items():
         share = n / options.datasets
         error = 1.96 * (share * (1 - share) / options.datasets) ** 0.5
@@ -184,17 +181,18 @@ def measure_coverage(options, n_patients=200, each=10, resamples=500):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", default=SECTIONS, choices=SECTIONS)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", default=[], choices=[*SECTIONS, []])
     parser.add_argument("--slices", type=int, default=100_000)
     parser.add_argument("--resamples", type=int, default=1000)
-    parser.add_argument("--datasets", type=int, default=500)
+    parser.add_argument("--datasets", type=int, default=600, help="of the coverage")
+    parser.add_argument("--patients", type=int, default=400, help="in each of them")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     use_one_core()
     warnings.filterwarnings("ignore", category=FutureWarning)
     if options.once:
         return run_once(options)
-    for section in options.sections:
+    for section in options.sections or SECTIONS:
         print(f"## {section}, {options.slices:,} slices" if section in ("speed", "memory", "study") else f"## {section}", flush=True)
         globals()[f"measure_{section}"](options)
 

@@ -3,6 +3,7 @@
 python benchmarks/ingest.py [SECTION ...] [--files 2000] [--data DICOM_FOLDER]
 
 Sections: speed workers memory listing kills (all by default). Without --data the slices are copies of the tiny phantom's. Ratios are of medians.
+The fastai recipe needs what fastai does not install by itself: pip install kornia scikit-image.
 """
 
 import argparse
@@ -35,6 +36,15 @@ def copy_slices(source, target, n):
         path = originals[i % len(originals)]
         uid = f"ID_{i:09x}"
         (target / f"{uid}.dcm").write_bytes(path.read_bytes().replace(path.stem.encode(), uid.encode()))
+    return target
+
+
+def link_slices(folder, target, times):
+    "A folder in which each slice of `folder` is there so many times: hard links, so that all of it stays in memory."
+    target.mkdir()
+    for path in sorted(folder.glob("*.dcm")):
+        for k in range(times):
+            os.link(path, target / f"{k:02d}{path.name}")
     return target
 
 
@@ -88,13 +98,14 @@ def measure_speed(folder, scratch):
 
 
 def measure_workers(folder, scratch):
-    seconds = {1: [], 2: []}
+    seconds, many = {1: [], 2: []}, link_slices(folder, scratch / "linked", 10)  # enough of them that starting a process does not count
     for turn in range(3):
         for workers in seconds:
-            seconds[workers].append(timed(ingest, folder, scratch / f"workers{turn}{workers}" / "cache", workers=workers))
+            seconds[workers].append(timed(ingest, many, scratch / f"workers{turn}{workers}" / "cache", workers=workers, max_error_share=1))
             shutil.rmtree(scratch / f"workers{turn}{workers}")
     one, two = (statistics.median(seconds[n]) for n in (1, 2))
-    print(f"1 worker {one:.2f} s, 2 workers {two:.2f} s: {one / two:.2f} times as fast (claim: 1.7 or more)")
+    n = len(os.listdir(many))
+    print(f"{n:,} files: 1 worker {one:.2f} s, 2 workers {two:.2f} s: {one / two:.2f} times as fast (claim: 1.7 or more)")
 
 
 def peak_memory(folder, out):
@@ -113,16 +124,11 @@ def peak_memory(folder, out):
 
 
 def measure_memory(folder, scratch):
-    paths = sorted(folder.glob("*.dcm"))[:2000]
     peaks = {}
     for times in (1, 10):
-        many = scratch / f"memory{times}"
-        many.mkdir()
-        for k in range(times):
-            for path in paths:
-                os.link(path, many / f"{k}{path.name}")
+        many = link_slices(folder, scratch / f"memory{times}", times)
         peaks[times] = peak_memory(many, scratch / f"out{times}")
-        print(f"{times * len(paths):>6,} files: parent {peaks[times][0]:.0f} MB, largest worker {peaks[times][1]:.0f} MB (claim: under 700)")
+        print(f"{len(os.listdir(many)):>6,} files: parent {peaks[times][0]:.0f} MB, largest worker {peaks[times][1]:.0f} MB (claim: under 700)")
     growth = [b / a - 1 for a, b in zip(*peaks.values(), strict=True)]
     print(f"growth: parent {growth[0]:+.1%}, worker {growth[1]:+.1%} (claim: 10% or less)")
 

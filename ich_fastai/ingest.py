@@ -397,7 +397,7 @@ def _write_todo(todo: dict, cache_dir: Path, size: int, executor: Executor | Non
     "Write the shards: on the given executor, or here and in a local pool."
     write = partial(write_shard, cache_dir=str(cache_dir), size=size)
     def here(files, number): monitor.check(write(files, number=number, tick=monitor.count))
-    n_pool = min(workers, len(todo)) - 1
+    n_pool = min(workers, len(todo) // 2) - 1  # for a shard or two it does not pay to start a process
     if executor:
         run_shards(todo, write, partial(nullcontext, executor), monitor.report)
     elif n_pool > 0:

@@ -332,20 +332,23 @@ def write_report(
     "index.html and a page per executed notebook."
     run_dir = Path(run_dir)
     manifest = json.loads((run_dir / "manifest.json").read_text())
-    synthetic, rows = manifest["synthetic"], []
-    for path in sorted((run_dir / "notebooks").glob("*.ipynb")):
+    synthetic, seconds, rows = manifest["synthetic"], manifest["seconds"], []
+
+    def table(name, notebook):
+        return render_table(run_dir / "tables" / f"{name}.csv") if notebook in seconds else f'<p class="soft">{notebook} has not run yet.</p>'
+
+    for path in (run_dir / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS if name in seconds):
         render_notebook(path, synthetic=synthetic)
         title, subtitle = (html.escape(t) for t in notebook_title(path))
-        seconds = manifest["seconds"].get(path.stem)
         rows.append(
-            f'<tr><td><a href="notebooks/{path.stem}.html">{path.stem.partition("_")[0]}. {title}</a><br><span class="soft">{subtitle}</span></td><td>{seconds or 0:.0f} s</td></tr>'
+            f'<tr><td><a href="notebooks/{path.stem}.html">{path.stem.partition("_")[0]}. {title}</a><br><span class="soft">{subtitle}</span></td><td>{seconds[path.stem]:.0f} s</td></tr>'
         )
     body = (
         "<h1>Intracranial hemorrhage in head CT</h1><blockquote>Detection and classification with fastai: the study, reproduced.</blockquote>"
-        f"<h2>Results on held-out patients</h2>{render_table(run_dir / 'tables' / 'headline.csv')}{_pictures(run_dir)}"
-        f"<h2>What the paper says, what we get</h2>{render_table(run_dir / 'tables' / 'paper.csv')}"
-        f"<h2>The paper's two remedies for imbalance</h2>{render_table(run_dir / 'tables' / 'imbalance.csv')}"
-        f"<h2>The flow of slices</h2>{render_table(run_dir / 'tables' / 'flow.csv')}"
+        f"<h2>Results on held-out patients</h2>{table('headline', '07_evaluate')}{_pictures(run_dir) if '07_evaluate' in seconds else ''}"
+        f"<h2>What the paper says, what we get</h2>{table('paper', '09_paper')}"
+        f"<h2>The paper's two remedies for imbalance</h2>{table('imbalance', '09_paper')}"
+        f"<h2>The flow of slices</h2>{table('flow', '04_cohort')}"
         f'<h2>The notebooks, as they ran</h2><div class="scroll"><table>{"".join(rows)}</table></div>'
         f"<h2>Where the numbers come from</h2>{_provenance(manifest)}"
     )
@@ -396,7 +399,8 @@ def prepare_data(
     except InputError:
         if not is_phantom(path):
             raise
-        shutil.rmtree(path)  # a phantom of other parameters, made by an earlier run of this folder
+        for old in (path, run_dir / "cache"):  # a phantom of other parameters, made by an earlier run of this folder
+            shutil.rmtree(old, ignore_errors=True)
         return make_phantom(path, progress=progress, **own).resolve()
 
 # %% ../nbs/10_reproduce.ipynb #10-046
@@ -517,10 +521,10 @@ def print_headline(
     "Print the headline table, 80 columns wide."
     import pandas as pd
 
-    path = run_dir / "tables" / "headline.csv"
-    if path.is_file():
+    path, manifest = run_dir / "tables" / "headline.csv", json.loads((run_dir / "manifest.json").read_text())
+    if "07_evaluate" in manifest["seconds"]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         width = shutil.get_terminal_size((80, 24)).columns
         print("\n" + table.to_string(index=False, line_width=width, max_colwidth=40))
-    if json.loads((run_dir / "manifest.json").read_text())["synthetic"]:
+    if manifest["synthetic"]:
         print("\n" + textwrap.fill(SYNTHETIC, 80))

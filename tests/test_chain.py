@@ -9,6 +9,7 @@ import pytest
 from conftest import PROJECT
 
 from ich_fastai.labels import LABELS
+from ich_fastai.reproduce import PHANTOM_PARAMETERS, prepare_data
 
 NOTEBOOKS = [p.stem for p in sorted((PROJECT / "nbs").glob("0*.ipynb"))]
 LOGITS = [f"logit_{label}" for label in LABELS]
@@ -92,6 +93,14 @@ def test_resume_refuses_other_parameters_and_data_and_skips_what_is_done(tiny_ru
     before = (run_dir / "predictions.parquet").stat().st_mtime_ns
     done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir, "--resume")
     assert done.returncode == 0 and (run_dir / "predictions.parquet").stat().st_mtime_ns == before
+
+
+def test_another_phantom_in_the_same_folder_takes_the_old_cache_with_it(tmp_path):
+    declared = {"make_phantom": PHANTOM_PARAMETERS}
+    for n in (1, 2):
+        data = prepare_data(None, tmp_path, {"n_patients": n, "slices_per_series": [5, 5]}, declared)
+        assert json.loads((data / "phantom.json").read_text())["n_patients"] == n and not (tmp_path / "cache").exists()
+        (tmp_path / "cache").mkdir()
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,12 @@
 import hashlib
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,8 @@ import pydicom
 import pytest
 
 from ich_fastai.labels import LABELS, SUBTYPES, InputError, read_labels
-from ich_fastai.phantom import FILE_TRAPS, MIN_AREA_MM2, TRAPS, make_phantom, read_mask, tiny_phantom
+from ich_fastai.phantom import COMPRESSIONS, FILE_TRAPS, MIN_AREA_MM2, TRAPS, Bleed, Scan, draw_head, draw_plane, draw_scan, draw_slice
+from ich_fastai.phantom import make_phantom, read_mask, tiny_phantom
 
 COMMAND = Path(sys.executable).parent / "ich-phantom"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -129,12 +134,72 @@ def test_sizes_and_names_say_nothing(tiny, truth):
 def test_a_user_s_mistakes_are_one_line(tmp_path, tiny):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep me")
-    for name, wrong in (("mine", {}), ("a", {"n_patients": 0}), ("b", {"slices_per_series": (9, 3)})):
+    mistakes = [("mine", {}), ("a", {"n_patients": 0}), ("b", {"slices_per_series": (9, 3)}), ("c", {"prevalence": "foo"}), ("d", {"compress": "zip"})]
+    for name, wrong in (*mistakes, ("e", {"seed": -1}), ("f", {"workers": -2}), ("mine/thesis.txt/g", {"n_patients": 1})):
         with pytest.raises(InputError) as e:
             make_phantom(tmp_path / name, **wrong)
         assert "\n" not in str(e.value)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep me"
-    done = subprocess.run([COMMAND, str(tmp_path / "mine")],
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run([COMMAND, str(tmp_path / "mine")], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "thesis" not in done.stdout
     assert json.loads((tiny / "phantom.json").read_text())["synthetic"] is True
+
+
+def test_compressed_files_hold_the_same_pixels(tmp_path):
+    syntax = {"rle": "1.2.840.10008.1.2.5", "jpeg": "1.2.840.10008.1.2.4.70", "jpegls": "1.2.840.10008.1.2.4.80", "jpeg2000": "1.2.840.10008.1.2.4.90"}
+    assert set(syntax) == set(COMPRESSIONS)
+    plain = make_phantom(tmp_path / "plain", 1, 5, slices_per_series=(5, 5), workers=1)
+    for name, uid in syntax.items():
+        packed = make_phantom(tmp_path / name, 1, 5, slices_per_series=(5, 5), workers=1, compress=name)
+        files = sorted((packed / "stage_1_train_images").iterdir())
+        assert len(files) == len(list((plain / "stage_1_train_images").iterdir()))
+        for file in files:
+            a, b = pydicom.dcmread(plain / "stage_1_train_images" / file.name), pydicom.dcmread(file)
+            assert b.file_meta.TransferSyntaxUID == uid
+            np.testing.assert_array_equal(a.pixel_array, b.pixel_array)
+            assert a.RescaleIntercept == b.RescaleIntercept and a.SOPInstanceUID == b.SOPInstanceUID
+
+
+def test_epidural_blood_stays_within_its_bone():
+    head = draw_head(np.random.default_rng(0))
+    y, x = np.meshgrid(np.arange(-100, 100, 1, np.float32), np.arange(-100, 100, 1, np.float32), indexing="ij")
+    _, shares = draw_plane(head, [Bleed(0, (0.98, -0.2, 0.0), 20.0, 65.0, 1.0)], x, y, np.full_like(x, 2))
+    blood = shares[0] > 0.5
+    assert blood.sum() > 500
+    assert y[blood].min() > -38 + 0.25 * 2 - 1.5  # the coronal suture
+
+
+def test_metal_streaks_and_says_nothing_of_blood():
+    rng = np.random.default_rng(0)
+    head, scan = draw_head(rng), draw_scan(rng, 10, "16s")
+    inside = scan._replace(metal=(10.0, 0.0, scan.z[5] - 72, 100.0), holder=0.0)
+    clean, _ = draw_slice(head, [], inside._replace(metal=(0.0, 0.0, 0.0, 0.0)), 5, np.random.default_rng(1))
+    hu, mask = draw_slice(head, [], inside, 5, np.random.default_rng(1))
+    assert isinstance(inside, Scan) and hu.max() > 2500 > clean.max() and not mask.any()
+
+
+def test_a_killed_run_leaves_nobody_writing_and_can_be_repeated(tmp_path):
+    out = tmp_path / "p"
+    call = [COMMAND, str(out), "--n-patients", "40", "--workers", "2"]
+    first = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    images = tmp_path / ".p.part" / "stage_1_train_images"
+    until = time.monotonic() + 60
+    while not (images.is_dir() and any(images.iterdir())) and time.monotonic() < until:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    time.sleep(2)
+    left = len(list(images.iterdir()))
+    time.sleep(2)
+    assert 0 < len(list(images.iterdir())) == left and not out.exists()
+    make_phantom(out, 2, slices_per_series=(5, 5))
+    assert not (tmp_path / ".p.part").exists() and 10 <= len(list((out / "stage_1_train_images").iterdir())) <= 20
+
+
+@pytest.mark.skipif(not shutil.which("dciodvfy"), reason="needs dciodvfy of Debian's dicom3tools")
+def test_a_validator_finds_only_what_the_anonymization_did(tiny, truth):
+    known = r"Information Object Not found|MediaStorageSOP\w+ (but missing|different from)|invalid data values for Value|\((0x0008,0x0018|0x0020,0x000[de])\)"
+    for uid in truth[truth.traps == ""].SOPInstanceUID[:10]:
+        found = subprocess.run(["dciodvfy", str(tiny / "stage_1_train_images" / f"{uid}.dcm")], capture_output=True, text=True, timeout=60).stderr
+        errors = [line for line in found.splitlines() if line.startswith("Error")]
+        assert errors and [e for e in errors if not re.search(known, e)] == []
