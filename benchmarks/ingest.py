@@ -195,7 +195,7 @@ def measure_kills(folder, scratch, n=20):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", default=SECTIONS, choices=SECTIONS)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", default=[], choices=[*SECTIONS, []])
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--data", default="")
     options = parser.parse_args()
@@ -203,7 +203,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         folder = copy_slices(source, scratch / "dicom", options.files)
-        for section in options.sections:
+        for section in options.sections or SECTIONS:
             print(f"## {section}, {options.files:,} files", flush=True)
             globals()[f"measure_{section}"](folder, scratch)
 

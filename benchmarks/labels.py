@@ -16,13 +16,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import pandas as pd
+import polars  # noqa: F401  else its import would be timed, while pandas is there already
+
 from ich_fastai.labels import LABELS, project_dir, read_combinations, read_labels
 
 
 def pandas_recipe(csv):
     "Split the id, drop the duplicates, pivot."
-    import pandas as pd
-
     rows = pd.read_csv(csv)
     parts = rows["ID"].str.rsplit("_", n=1, expand=True)
     rows["image"], rows["kind"] = parts[0], parts[1]

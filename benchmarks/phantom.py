@@ -61,7 +61,7 @@ def read_all(data):
         hu = hu_of(ds, row.traps)
         small.append(cv2.resize(hu, (96, 96), interpolation=cv2.INTER_AREA))
         histograms.append(np.histogram(hu, BINS)[0] * float(ds.PixelSpacing[0]) ** 2)
-        headers.append(header(ds, path.stat().st_size))
+        headers.append(header(ds, path.stat().st_size) | dict(order=row.Index, padded=int(ds.pixel_array.min() == -2000)))
         looks.append(looks_of(ds, hu))
     return np.stack(small), np.array(histograms, np.float32), pd.DataFrame(headers), pd.DataFrame(looks), truth
 
@@ -78,7 +78,7 @@ def read_real(folder):
 
 
 def header(ds, size):
-    "What a file tells without its pixels, positions aside (where in the head a slice lies is honest information)."
+    "What a file's tags, size and name tell, positions aside (where in the head a slice lies is honest information)."
     return dict(
         size=size, bits=ds.BitsStored, signed=ds.PixelRepresentation, spacing=float(ds.PixelSpacing[0]), tilt=float(ds.ImageOrientationPatient[5]),
         x=float(ds.ImagePositionPatient[0]), y=float(ds.ImagePositionPatient[1]), intercept=float(ds.RescaleIntercept), rows=ds.Rows,

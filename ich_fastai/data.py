@@ -126,10 +126,10 @@ def to_input(
 def named_windows(
     names: list[str],  # keys of WINDOWS
 ) -> dict[str, tuple[float, float]]:  # name: (center, width) in HU
-    "Display windows by name. Raises `InputError` for an unknown one."
+    "Display windows by name. Raises `InputError` for an unknown or repeated one."
     unknown = [name for name in names if name not in WINDOWS]
-    if unknown or not names:
-        raise InputError(f"windows={list(names)}: must name some of {', '.join(WINDOWS)}")
+    if unknown or not names or len(set(names)) < len(names):
+        raise InputError(f"windows={list(names)}: must name some of {', '.join(WINDOWS)}, each once")
     return {name: tuple(map(float, WINDOWS[name])) for name in names}
 
 # %% ../nbs/05_data.ipynb #05-028

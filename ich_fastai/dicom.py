@@ -442,10 +442,10 @@ def plot_windows(
 
     fig, axes = plt.subplots(1, 1 + len(WINDOWS), figsize=(10, 2.6))
     axes[0].imshow(hu, vmin=hu.min(), vmax=hu.max())
-    axes[0].set_title(f"raw: {hu.min():,} to {hu.max():,} HU", fontsize=9)
+    axes[0].set_title(f"raw: {hu.min():,} to {hu.max():,} HU", fontsize=8)
     for ax, (name, w) in zip(axes[1:], WINDOWS.items(), strict=True):
         ax.imshow(window(hu, w), vmin=0, vmax=1)
-        ax.set_title(f"{name}: center {w.center}, width {w.width}", fontsize=9)
+        ax.set_title(f"{name}: center {w.center}, width {w.width}", fontsize=8)
     for ax in axes:
         ax.axis("off")
     fig.suptitle(title, fontsize=10)

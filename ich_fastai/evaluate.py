@@ -697,10 +697,10 @@ def say_difference(
     above: str = "higher",  # what a difference above 0 means
     below: str = "lower",
 ) -> str:
-    "An interval of a difference in words: `no difference` where it holds 0."
+    "An interval of a difference in words: `no difference` where it holds 0, or what rounding makes of it."
     if pd.isna(low) or pd.isna(high):
         return "no interval"
-    return above if low > 0 else below if high < 0 else "no difference"
+    return above if low > 1e-12 else below if high < -1e-12 else "no difference"
 
 # %% ../nbs/07_evaluate.ipynb #07-096
 def aggregate_table(

@@ -187,6 +187,12 @@ def _write_pixels(path: Path, files: list[str], size: int, rows: list, tick) -> 
             tick(row.get("bytes", 0))
         _write_header(f, n, size)
 
+# %% ../nbs/03_ingest.ipynb #03-075
+def _make_table(rows: list[dict]) -> pd.DataFrame:
+    "The rows with COLUMNS. Column by column: a frame made of rows with gaps would round the large integers."
+    return pd.DataFrame({name: pd.Series([row.get(name) for row in rows], dtype=kind) for name, kind in COLUMNS.items()})
+
+
 # %% ../nbs/03_ingest.ipynb #03-025
 def write_shard(
     files: list[str],  # at most SHARD_ROWS paths
@@ -201,7 +207,7 @@ def write_shard(
     try:
         rows, (pixels_path, table_path) = [], shard_paths(cache_dir, number)
         write_file(pixels_path, lambda p: _write_pixels(p, files, size, rows, tick))
-        table = pd.DataFrame(rows, columns=list(COLUMNS)).assign(shard=number).astype(COLUMNS)
+        table = _make_table(rows).assign(shard=pd.array([number] * len(rows), COLUMNS["shard"]))
         save_table(table, table_path)
     finally:
         cv2.setNumThreads(threads)
@@ -239,20 +245,33 @@ def list_files(
     return dict(sorted(files.items()))
 
 # %% ../nbs/03_ingest.ipynb #03-032
+def _read_about(cache_dir: Path) -> dict:
+    "What `save_plan` says of a cache. Raises `InputError` where it cannot be read."
+    try:
+        about = json.loads((cache_dir / "cache.json").read_text())
+        return about | {"size": int(about["size"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{cache_dir / 'cache.json'}: missing or damaged; delete the folder {cache_dir} and run again") from None
+
+
+# %% ../nbs/03_ingest.ipynb #03-077
 def open_plan(
     cache_dir: Path,
     size: int,  # px
 ) -> pd.DataFrame:  # columns file, shard; empty for a new cache
-    "The plan of a cache. Raises `InputError` for a cache of another kind."
-    record, plan = cache_dir / "cache.json", cache_dir / "plan.parquet"
+    "The plan of a cache. Raises `InputError` for a cache of another kind, or a damaged one."
+    plan = cache_dir / "plan.parquet"
     if not plan.is_file():
         if next(cache_dir.glob("shard-*"), None):
             raise InputError(f"{cache_dir}: holds shards but no plan.parquet; delete the folder and run again")
         return pd.DataFrame({"file": pd.Series(dtype="string"), "shard": pd.Series(dtype="int32")})
-    about = json.loads(record.read_text())
-    if about["size"] != size:
-        raise InputError(f"{cache_dir}: holds slices of {about['size']} px, not {size}; choose another folder or that size")
-    return pd.read_parquet(plan)
+    if (has := _read_about(cache_dir)["size"]) != size:
+        raise InputError(f"{cache_dir}: holds slices of {has} px, not {size}; choose another folder or that size")
+    try:
+        return pd.read_parquet(plan, columns=["file", "shard"])
+    except (OSError, ValueError):  # pyarrow's errors are ValueErrors
+        raise InputError(f"{plan}: damaged; delete the folder {cache_dir} and run again") from None
+
 
 # %% ../nbs/03_ingest.ipynb #03-033
 def extend_plan(
@@ -280,20 +299,33 @@ def save_plan(
     save_table(plan, cache_dir / "plan.parquet")
 
 # %% ../nbs/03_ingest.ipynb #03-037
+def _reason_now(path: str) -> str | None:
+    "Why a file cannot be read at all; None where it can."
+    try:
+        read_file(path)
+    except DicomError as e:
+        return printable(str(e))
+
+
+# %% ../nbs/03_ingest.ipynb #03-078
 def find_changed(
-    done: pd.DataFrame,  # columns file, bytes, modified_ns, shard
+    done: pd.DataFrame,  # columns file, bytes, modified_ns, error, shard
     files: dict[str, str],  # as `list_files` gives it
 ) -> pd.DataFrame:  # the rows of `done` whose file is another now
-    "Cached files that changed since."
-    def is_same(name, n_bytes, modified_ns):
+    "Cached files that changed since, and those that could not be read and can be now."
+    def is_same(name, n_bytes, modified_ns, error):
+        if name not in files:
+            return True
+        if pd.isna(n_bytes):
+            return _reason_now(files[name]) == error
         try:
             now = os.stat(files[name])
-        except (KeyError, OSError):
+        except OSError:
             return True
         return (now.st_size, now.st_mtime_ns) == (n_bytes, modified_ns)
-    seen = done[done["bytes"].notna()]
-    same = map(is_same, seen["file"].to_list(), seen["bytes"].to_list(), seen["modified_ns"].to_list())
-    return seen[~np.fromiter(same, dtype=bool, count=len(seen))]
+    same = map(is_same, *(done[c].to_list() for c in ("file", "bytes", "modified_ns", "error")))
+    return done[~np.fromiter(same, dtype=bool, count=len(done))]
+
 
 # %% ../nbs/03_ingest.ipynb #03-038
 def check_unchanged(
@@ -317,9 +349,13 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 # %% ../nbs/03_ingest.ipynb #03-041
+_DASK_DEATHS = {"KilledWorker", "CommClosedError", "ClosedClientError"}  # by name: Dask need not be installed
+
+
 def _is_death(e: Exception) -> bool:
-    "Did the worker die, rather than the work fail? KilledWorker is Dask's, which need not be installed."
-    return isinstance(e, BrokenExecutor | CancelledError | ConnectionError) or type(e).__name__ == "KilledWorker"
+    "Did a worker or the way to it die, rather than the work fail?"
+    return isinstance(e, BrokenExecutor | CancelledError | ConnectionError) or type(e).__name__ in _DASK_DEATHS
+
 
 # %% ../nbs/03_ingest.ipynb #03-043
 def _run_round(pool: Executor, todo: dict, write, report, here) -> int:
@@ -361,7 +397,7 @@ def run_shards(
             idle = 0 if _run_round(pool, todo, write, report, here) else idle + 1
         if idle == 3:
             first, files = next(iter(todo.items()))
-            raise InputError(f"{files[0]}: the workers died three times on shard {first} that begins here (out of memory?); run again to go on")
+            raise InputError(f"{files[0]}: the workers, or their scheduler, died three times on shard {first} that begins here (out of memory?); run again to go on")
 
 # %% ../nbs/03_ingest.ipynb #03-046
 class Monitor:
@@ -438,7 +474,7 @@ class Job:
 # %% ../nbs/03_ingest.ipynb #03-051
 def _ingest_locked(dicom_dir, cache_dir: Path, size: int, executor, workers: int, max_error_share: float, progress: bool) -> pd.DataFrame:
     "`ingest`, while no other run writes to the cache."
-    for left_over in cache_dir.glob(".*-*.*"):  # of a killed run
+    for left_over in (*cache_dir.glob(".*-*.*"), *cache_dir.parent.glob(".*-slices.parquet")):  # of a killed run
         left_over.unlink(missing_ok=True)
     job = Job(dicom_dir, cache_dir, size)
     if job.grown:
@@ -471,6 +507,8 @@ def ingest(
     if size < 1:
         raise InputError(f"{cache_dir}: slices of {size} px cannot be; give a size of 1 or more")
     list_files(dicom_dir)  # before anything is written
+    if cache_dir.parent.resolve().is_relative_to(Path(dicom_dir).resolve()):
+        raise InputError(f"{cache_dir.parent}: lies in the DICOM folder; choose a run folder outside of it")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(cache_dir / ".lock", timeout=0):
@@ -502,7 +540,7 @@ class Cache:
 
     def __init__(self, cache_dir: str | Path):
         self.folder = Path(cache_dir)
-        self.size = json.loads((self.folder / "cache.json").read_text())["size"]
+        self.size = _read_about(self.folder)["size"]
         self._maps = {}
 
     def _map(self, number: int) -> np.ndarray:
@@ -572,7 +610,10 @@ def ich_ingest(
     if dry_run:
         return print(describe_todo(dicom_dir, cache_dir, size))
     if scheduler:
-        executor = connect_scheduler(scheduler).get_executor()
+        client = connect_scheduler(scheduler)
+        if not client.scheduler_info()["workers"]:
+            print(f"{scheduler}: has no workers yet; waiting for them")
+        executor = client.get_executor()
     try:
         slices = ingest(dicom_dir, cache_dir, size, executor, workers=workers, max_error_share=max_error_share, progress=True)
     except KeyboardInterrupt:

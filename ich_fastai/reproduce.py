@@ -297,18 +297,17 @@ def render_table(
     return f'<div class="{kind}">{table.to_html(index=False, border=0)}</div>'
 
 # %% ../nbs/10_reproduce.ipynb #10-038
-def _pictures(run_dir: Path) -> str:
-    "The run's figures named index-*, with the captions of tables/index.csv where there is one."
+def _pictures(run_dir: Path, pattern: str) -> str:
+    "The run's figures of a pattern of file names, with the captions of tables/index.csv where there is one."
     import csv
 
     captions, listing = {}, run_dir / "tables" / "index.csv"
     if listing.is_file():
         with open(listing, encoding="utf-8", newline="") as f:
-            captions = {row["figure"]: row["caption"] for row in csv.DictReader(f)}
-    figures = sorted((run_dir / "figures").glob("index-*"))
+            captions = {row["figure"]: html.escape(row["caption"]) for row in csv.DictReader(f)}
     tags = [
-        f'<figure><img src="figures/{p.name}" alt="{html.escape(captions.get(p.name, p.stem))}"><figcaption>{html.escape(captions.get(p.name, ""))}</figcaption></figure>'
-        for p in figures
+        f'<figure><img src="figures/{p.name}" alt="{captions.get(p.name, p.stem)}"><figcaption>{captions.get(p.name, "")}</figcaption></figure>'
+        for p in sorted((run_dir / "figures").glob(pattern))
     ]
     return f'<div class="pictures">{"".join(tags)}</div>' if tags else ""
 
@@ -334,8 +333,11 @@ def write_report(
     manifest = json.loads((run_dir / "manifest.json").read_text())
     synthetic, seconds, rows = manifest["synthetic"], manifest["seconds"], []
 
-    def table(name, notebook):
-        return render_table(run_dir / "tables" / f"{name}.csv") if notebook in seconds else f'<p class="soft">{notebook} has not run yet.</p>'
+    def show(notebook, *names):
+        "Tables (name.csv) and figures (others) that a notebook of this run has written."
+        if notebook not in seconds:
+            return f'<p class="soft">{notebook} has not run yet.</p>'
+        return "".join(render_table(run_dir / "tables" / name) if name.endswith(".csv") else _pictures(run_dir, name) for name in names)
 
     for path in (run_dir / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS if name in seconds):
         render_notebook(path, synthetic=synthetic)
@@ -345,10 +347,11 @@ def write_report(
         )
     body = (
         "<h1>Intracranial hemorrhage in head CT</h1><blockquote>Detection and classification with fastai: the study, reproduced.</blockquote>"
-        f"<h2>Results on held-out patients</h2>{table('headline', '07_evaluate')}{_pictures(run_dir) if '07_evaluate' in seconds else ''}"
-        f"<h2>What the paper says, what we get</h2>{table('paper', '09_paper')}"
-        f"<h2>The paper's two remedies for imbalance</h2>{table('imbalance', '09_paper')}"
-        f"<h2>The flow of slices</h2>{table('flow', '04_cohort')}"
+        f"<h2>Results on held-out patients</h2>{show('07_evaluate', 'headline.csv', 'index-*')}"
+        f"<h2>What the paper says, what we get</h2>{show('09_paper', 'paper.csv')}"
+        f"<h2>Table 1: how often each kind of bleeding occurs</h2>{show('09_paper', 'table_1.csv', 'table_1.svg')}"
+        f"<h2>Table 2: the paper's two remedies for imbalance</h2>{show('09_paper', 'imbalance_words.csv', 'imbalance.csv', 'imbalance.svg')}"
+        f"<h2>The flow of slices</h2>{show('04_cohort', 'flow.csv')}{show('09_paper', 'derivation.csv')}"
         f'<h2>The notebooks, as they ran</h2><div class="scroll"><table>{"".join(rows)}</table></div>'
         f"<h2>Where the numbers come from</h2>{_provenance(manifest)}"
     )

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['WEIGHT_DECAY', 'TRAINING', 'loss_weights', 'positive_weights', 'make_loss', 'can_reach_hub', 'build_model',
            'split_decay', 'make_learner', 'score_logits', 'gather_rows', 'Journal', 'StopOnNonFinite', 'Average',
-           'inner_model', 'Checkpoint', 'resume', 'FollowEpochs', 'ShardedTrainer', 'find_place', 'fit_fold',
-           'final_model', 'save_model', 'parse_arm', 'fit', 'plot_history', 'tiny_run']
+           'inner_model', 'plain_numbers', 'Checkpoint', 'resume', 'FollowEpochs', 'SharedNorm', 'share_norms',
+           'ShardedTrainer', 'find_place', 'fit_fold', 'final_model', 'save_model', 'parse_arm', 'fit', 'plot_history',
+           'tiny_run']
 
 # %% ../nbs/06_train.ipynb #06-003
 import hashlib
@@ -16,6 +17,7 @@ import os
 import shutil
 import threading
 import time
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -92,16 +94,24 @@ def can_reach_hub(
 
 # %% ../nbs/06_train.ipynb #06-017
 def _create_timm(arch: str, n_in: int, pretrained: bool, weights: str, offline: bool) -> torch.nn.Module:
-    "fastai's head on timm's backbone, perhaps without asking the hub."
+    "fastai's head on timm's backbone, perhaps without asking the hub. Weights of a file must fit exactly, but for the classifier."
+    import timm
     from fastai.vision.learner import create_timm_model
     from huggingface_hub import constants
 
-    options = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
+    options = {}
+    if weights:
+        classifier = timm.get_pretrained_cfg(arch).classifier or ()
+        heads = (classifier,) if isinstance(classifier, str) else classifier
+        state = {k: v for k, v in timm.models.load_state_dict(str(weights)).items() if k.rpartition(".")[0] not in heads}
+        options = {"pretrained_cfg_overlay": {"state_dict": state, "classifier": None}}
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, offline or constants.HF_HUB_OFFLINE
     try:
-        return create_timm_model(arch, len(LABELS), n_in=n_in, pretrained=pretrained or bool(weights), **options)[0]
+        model = create_timm_model(arch, len(LABELS), n_in=n_in, pretrained=pretrained or bool(weights), **options)[0]
     finally:
         constants.HF_HUB_OFFLINE = before
+    model[0].model.pretrained_cfg.pop("state_dict", None)
+    return model
 
 # %% ../nbs/06_train.ipynb #06-018
 def build_model(
@@ -115,16 +125,16 @@ def build_model(
     import timm
 
     if not timm.is_model(arch):
-        raise InputError(f"arch={arch}: timm has no such model; try {', '.join(timm.list_models(f'*{arch[:4]}*')[:5]) or 'resnet18'}")
+        raise InputError(f"arch={arch}: timm has no such model; try {', '.join(get_close_matches(arch, timm.list_models(), 5)) or 'resnet18'}")
     if weights and not Path(weights).is_file():
         raise InputError(f"{weights}: no such file of pretrained weights")
     if not pretrained or weights:
         try:
             return _create_timm(arch, n_in, False, weights, True)
-        except (OSError, RuntimeError, ValueError, KeyError) as e:
+        except Exception as e:  # whatever a reader of weights may raise
             if not weights:
                 raise
-            raise InputError(f"{weights}: holds no weights of {arch} ({str(e).splitlines()[0][:80]})") from e
+            raise InputError(f"{weights}: holds no weights of {arch} ({(str(e) or type(e).__name__).splitlines()[0][:80]})") from e
     try:
         return _create_timm(arch, n_in, True, "", True)
     except (OSError, RuntimeError) as e:
@@ -274,6 +284,17 @@ def inner_model(
     "The network itself."
     return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
+# %% ../nbs/06_train.ipynb #06-070
+def plain_numbers(
+    state,  # dicts, lists and tuples of anything
+):
+    "The same with Python's numbers for numpy's, which `weights_only=True` refuses; fastai's schedules set numpy's."
+    if isinstance(state, dict):
+        return {k: plain_numbers(v) for k, v in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(plain_numbers, state))
+    return state.item() if isinstance(state, np.generic) else state
+
 # %% ../nbs/06_train.ipynb #06-039
 class Checkpoint(Callback):
     "Write the whole state of training after each epoch."
@@ -284,9 +305,8 @@ class Checkpoint(Callback):
 
     def after_validate(self):
         state = {
-            "fingerprint": self.fingerprint, "epoch": self.epoch + 1, "model": inner_model(self.learn.model).state_dict(), "optimizer": self.opt.state_dict(),
-            "rng": torch.get_rng_state(), "history": self.learn.journal.history, "logits": self.learn.journal.logits,
-            "cuda_rng": torch.cuda.get_rng_state() if self.dls.device.type == "cuda" else None,
+            "fingerprint": self.fingerprint, "epoch": self.epoch + 1, "model": inner_model(self.learn.model).state_dict(), "optimizer": plain_numbers(self.opt.state_dict()),
+            "history": self.learn.journal.history, "logits": self.learn.journal.logits,
             "average": {"steps": self.learn.average.steps, "model": self.learn.average.averaged.state_dict()} if hasattr(self.learn, "average") else None,
         }
         if self.dls.train.rank == 0:
@@ -309,22 +329,67 @@ def resume(
         average.steps = state["average"]["steps"]
         average.averaged.load_state_dict(state["average"]["model"])
     learner.journal.history, learner.journal.logits = state["history"], state["logits"].cpu()
-    torch.set_rng_state(state["rng"].cpu())
-    if state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"].cpu())
     return state["epoch"]
 
 # %% ../nbs/06_train.ipynb #06-041
 class FollowEpochs(Callback):
-    "Tell the training batches which epoch it is."
+    "Tell the training batches which epoch it is, and seed what the network draws in it (dropout)."
     order = 5
 
     def before_train(self):
-        self.dls.train.epoch = self.epoch
+        loader = self.dls.train
+        loader.epoch = self.epoch
+        torch.manual_seed(int(np.random.SeedSequence([loader.seed, self.epoch, loader.rank]).generate_state(1)[0]))
 
 # %% ../nbs/06_train.ipynb #06-043
+class SharedNorm(torch.nn.Module):
+    "A batch norm over the rows of all processes, on CPUs; parameters, buffers and timm's activation are those of the norm it replaces."
+
+    def __init__(self, norm: torch.nn.modules.batchnorm._BatchNorm):
+        super().__init__()
+        self.__dict__.update(norm.__dict__)
+
+    def normalize(self, x):
+        from torch.distributed.nn.functional import all_reduce
+
+        dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
+        n = x.numel() // x.shape[1] * torch.distributed.get_world_size()
+        x = x - (mean := all_reduce(x.sum(dims)) / n).view(shape)
+        var = all_reduce(x.square().sum(dims)) / n
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return x * (self.weight * torch.rsqrt(var + self.eps)).view(shape) + self.bias.view(shape)
+
+    def forward(self, x):
+        if self.training:
+            x = self.normalize(x)
+        else:
+            x = torch.nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return self.act(self.drop(x)) if hasattr(self, "act") else x
+
+# %% ../nbs/06_train.ipynb #06-068
+def share_norms(
+    model: torch.nn.Module,
+    device: str | torch.device,  # of this process
+) -> torch.nn.Module:  # the same parameters and buffers
+    "The network with batch norms over the rows of all processes."
+    if torch.device(device).type == "cuda":
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(model)
+    for name, child in model.named_children():
+        setattr(model, name, SharedNorm(child) if isinstance(child, torch.nn.modules.batchnorm._BatchNorm) else share_norms(child, device))
+    return model
+
+# %% ../nbs/06_train.ipynb #06-069
 class ShardedTrainer(DistributedTrainer):
     "fastai's trainer for several processes, for batches that are shared out already."
+
+    def before_fit(self):
+        self.learn.model = share_norms(self.learn.model, self.dls.device)
+        super().before_fit()
 
     def _wrap_dl(self, dl):
         return dl
@@ -354,7 +419,6 @@ def fit_fold(
     dls = slice_loaders(cohort, cache_dir, fold, device=device, rank=rank, processes=processes, **{k: config[k] for k in keys})
     torch.manual_seed(config["seed"])
     model = build_model(config["arch"], config["n_in"], pretrained=config["pretrained"], weights=config["weights"])
-    torch.manual_seed(config["seed"] + rank)
     callbacks = [FollowEpochs(), Journal(progress and rank == 0, f"fold {fold}"), StopOnNonFinite(), Checkpoint(Path(folder) / f"fold-{fold}.pt", _fingerprint(config, rows))]
     learner = make_learner(dls, model, make_loss(weights, pos_weight, device), callbacks + ([Average(config["ema"])] if config["ema"] else []))
     _train(learner, config)
@@ -380,10 +444,12 @@ def _train(learner: Learner, config: dict) -> None:
         learner.model.compile()
     start = resume(learner)
     if learner.dls.train.processes > 1:
-        learner.add_cb(ShardedTrainer(sync_bn=learner.dls.device.type == "cuda"))
+        learner.add_cb(ShardedTrainer(sync_bn=False))
     try:
         if start < config["epochs"]:
             learner.fit_one_cycle(config["epochs"], config["lr"], start_epoch=start)
+    except InputError as e:
+        raise InputError(str(e).splitlines()[-1].strip()) from None  # fastai puts the callback's name before it
     except (torch.OutOfMemoryError, RuntimeError) as e:
         if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
             raise
@@ -465,6 +531,8 @@ def fit(
         **parse_arm(arm), "batch_size": batch_size, "epochs": epochs, "epoch_size": epoch_size, "lr": lr, "seed": seed, "pretrained": pretrained, "weights": str(weights),
         "pos_weight": pos_weight, "ema": ema, "compile": compile,
     }
+    if batch_size // find_place()[2] < 2:
+        raise InputError(f"batch_size={batch_size}: batch norm needs 2 slices or more in each process")
     out = run_dir if main else run_dir / "arms" / arm
     results = [fit_fold(cohort, run_dir / "cache", fold, config, out / "model" / "checkpoints", progress) for fold in folds]
     predictions = pd.concat([r[1] for r in results], ignore_index=True)

@@ -87,6 +87,7 @@ JPEG = {  # GDCM's name: pydicom's
     "JPEGLosslessProcess14": "JPEGLossless", "JPEGLosslessProcess14_1": "JPEGLosslessSV1", "JPEGLSLossless": "JPEGLSLossless",
     "JPEG2000Lossless": "JPEG2000Lossless",
 }
+LOSSY = {"JPEGLSNearLossless": "JPEGLSNearLossless", "JPEG2000": "JPEG2000", "JPEGBaselineProcess1": "JPEGBaseline8Bit"}
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -96,6 +97,17 @@ def test_compressed_by_gdcm(syntax, signed, tmp_path):
     packed = gdcm_encode(data, syntax, tmp_path)
     assert dicom._find_syntax(memoryview(packed))[0] == getattr(uid, JPEG[syntax])
     np.testing.assert_array_equal(read_slice(packed)[0], read_slice(data)[0])
+    np.testing.assert_array_equal(read_slice(packed)[0], pydicom_hu(packed))
+
+
+@pytest.mark.parametrize("syntax", LOSSY)
+def test_lossy_files_are_what_pydicom_says(syntax, tmp_path):
+    baseline = syntax == "JPEGBaselineProcess1"  # 8 bits only
+    data = make_file((HEAD // 8).astype(np.uint8), BitsAllocated=8, BitsStored=8) if baseline else make_file(HEAD - 500)
+    packed = gdcm_encode(data, syntax, tmp_path)
+    assert dicom._find_syntax(memoryview(packed))[0] == getattr(uid, LOSSY[syntax])
+    np.testing.assert_array_equal(read_slice(packed)[0], pydicom_hu(packed))
+    assert np.abs(read_slice(packed)[0] - read_slice(data)[0]).max() < 10
 
 
 @pytest.mark.parametrize("name", ["ExplicitVRBigEndian", "DeflatedExplicitVRLittleEndian", "RLELossless"])

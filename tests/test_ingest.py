@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def test_workers_that_die_are_survived(folder, whole, tmp_path):
 def test_workers_that_always_die_stop_the_run():
     from functools import partial
 
-    with pytest.raises(InputError, match="a.dcm: the workers died three times"):
+    with pytest.raises(InputError, match="a.dcm: the workers, or their scheduler, died three times"):
         module.run_shards({0: ["a.dcm"], 1: ["b.dcm"]}, die_always, partial(ProcessPoolExecutor, 2), None)
 
 
@@ -154,6 +155,27 @@ def test_dask_workers_may_be_killed(folder, whole, tmp_path):
             time.sleep(0.3)
             os.kill(victim, signal.SIGKILL)
             todo.result(60)
+    assert content(tmp_path) == content(whole)
+
+
+def test_a_dask_scheduler_that_is_gone_stops_the_run(folder, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster:
+        client = distributed.Client(cluster)
+        executor = client.get_executor()
+        client.close()
+        with pytest.raises(InputError, match="their scheduler, died"):
+            ingest(folder, tmp_path / "cache", SIZE, executor)
+
+
+def test_a_run_stopped_by_ctrl_c_says_how_to_go_on(folder, whole, tmp_path):
+    process = run_command(folder, tmp_path, "--workers", "2")
+    while not (tmp_path / "cache" / "plan.parquet").exists() and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "stopped; the same command goes on from here" in err and "Traceback" not in err
+    ingest(folder, tmp_path / "cache", SIZE)
     assert content(tmp_path) == content(whole)
 
 
@@ -186,6 +208,56 @@ def test_changed_files_are_reported_and_read_again_on_request(tmp_path):
     assert len(ingest(some, tmp_path / "cache", SIZE)) == 2, "a deleted file stays in the cache"
 
 
+def test_what_could_not_be_read_is_no_change_until_it_can_be(tmp_path):
+    some = tmp_path / "dicom"
+    (some / "folder.dcm").mkdir(parents=True)
+    (some / "empty.dcm").touch()
+    (some / "later.dcm").symlink_to(some / "missing")
+    for i in range(5):
+        (some / f"{i}.dcm").write_bytes(make_file(SOPInstanceUID=f"ID_{i}"))
+        os.utime(some / f"{i}.dcm", ns=(1, 1_700_000_000_123_456_789 + i))  # more digits than a float has
+    before = ingest(some, tmp_path / "cache", SIZE)
+    assert before["modified_ns"].dropna().to_list() == [1_700_000_000_123_456_789 + i for i in range(5)]
+    pd.testing.assert_frame_equal(ingest(some, tmp_path / "cache", SIZE), before)
+    (some / "later.dcm").unlink()
+    (some / "later.dcm").write_bytes(make_file(SOPInstanceUID="ID_later"))
+    (some / "empty.dcm").write_bytes(make_file(SOPInstanceUID="ID_empty"))
+    with pytest.raises(InputError, match=r"2 files have changed .*empty\.dcm, later\.dcm"):
+        ingest(some, tmp_path / "cache", SIZE)
+
+
+@pytest.mark.parametrize("name", ["plan.parquet", "cache.json"])
+@pytest.mark.parametrize("damage", [b"", b"{}", b"PAR1"])
+def test_a_damaged_record_is_named(name, damage, tmp_path):
+    (tmp_path / "dicom").mkdir()
+    (tmp_path / "dicom" / "a.dcm").write_bytes(make_file())
+    ingest(tmp_path / "dicom", tmp_path / "cache", SIZE)
+    (tmp_path / "cache" / name).write_bytes(damage)
+    with pytest.raises(InputError, match=f"{name}.*damaged; delete the folder"):
+        ingest(tmp_path / "dicom", tmp_path / "cache", SIZE)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no table"])
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_a_damaged_shard_is_written_again(tmp_path, suffix, damage):
+    some = tmp_path / "dicom"
+    some.mkdir()
+    (some / "a.dcm").write_bytes(make_file())
+    ingest(some, tmp_path / "run" / "cache", SIZE)
+    want = content(tmp_path / "run")
+    (tmp_path / "run" / "cache" / f"shard-00000.{suffix}").write_bytes(damage)
+    ingest(some, tmp_path / "run" / "cache", SIZE)
+    assert content(tmp_path / "run") == want
+
+
+def test_a_run_folder_in_the_dicom_folder_is_refused(tmp_path):
+    (tmp_path / "a.dcm").write_bytes(make_file())
+    for run_dir in (tmp_path, tmp_path / "deep" / "run"):
+        with pytest.raises(InputError, match="lies in the DICOM folder"):
+            ingest(tmp_path, run_dir / "cache", SIZE)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.dcm"]
+
+
 def test_a_second_run_on_the_same_cache_stops(folder, tmp_path):
     from filelock import FileLock
 
@@ -196,16 +268,18 @@ def test_a_second_run_on_the_same_cache_stops(folder, tmp_path):
     assert process.returncode == 1 and "another run is writing this cache" in err and "Traceback" not in err
 
 
-def test_a_full_disk_says_so_and_leaves_no_half_shard(folder, whole, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_says_so_and_leaves_no_half_shard(folder, whole, tmp_path, workers):
     import resource
 
     def limit():  # files of at most 500 kB: writes fail as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 
-    process = run_command(folder, tmp_path, "--workers", "1", preexec_fn=limit)
+    process = run_command(folder, tmp_path, "--workers", str(workers), preexec_fn=limit)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "shard-00000.npy: cannot be written" in err and "Traceback" not in err
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir() if p.name != ".lock") == ["cache.json", "plan.parquet"]
+    assert process.returncode == 1 and re.search(r"shard-0000\d\.npy: cannot be written", err) and "Traceback" not in err
+    left = {p.name for p in (tmp_path / "cache").iterdir() if p.name != ".lock"}
+    assert {"cache.json", "plan.parquet"} <= left <= {"cache.json", "plan.parquet", "shard-00004.npy", "shard-00004.parquet"}, "the last shard is short"
     ingest(folder, tmp_path / "cache", SIZE, workers=1)
     assert content(tmp_path) == content(whole)
 
