@@ -448,10 +448,14 @@ def mark_duplicates(
     slices: pd.DataFrame,  # columns COLUMNS
 ) -> pd.DataFrame:  # the same rows
     "The table with an error at each file that repeats the SOPInstanceUID of an earlier one."
-    good = slices[slices["error"].isna()]
-    first = good.drop_duplicates("SOPInstanceUID").set_index("SOPInstanceUID")["file"]
+    good = slices.loc[slices["error"].isna(), ["SOPInstanceUID", "file"]]
     again = good[good["SOPInstanceUID"].duplicated()]
-    slices.loc[again.index, "error"] = ("duplicate: same SOPInstanceUID as " + again["SOPInstanceUID"].map(first)).astype("string")
+    if len(again):
+        repeated, first = set(again["SOPInstanceUID"]), {}
+        for uid, file in zip(good["SOPInstanceUID"], good["file"], strict=True):
+            if uid in repeated:
+                first.setdefault(uid, file)
+        slices.loc[again.index, "error"] = pd.array([f"duplicate: same SOPInstanceUID as {first[uid]}" for uid in again["SOPInstanceUID"]], "string")
     return slices
 
 # %% ../nbs/03_ingest.ipynb #03-050
@@ -465,17 +469,22 @@ class Job:
         self.grown = len(self.plan) > len(old)
         tables = {n: read_shard(cache_dir, n, size) for n in range(int(self.plan["shard"].max()) + 1)}
         self.done = {n: table for n, table in tables.items() if table is not None}
-        left = self.plan[~self.plan["shard"].isin(list(self.done))]
-        path = {name: self.files.get(name, os.path.join(dicom_dir, name)) for name in left["file"]}
-        self.todo = {int(n): [path[name] for name in names] for n, names in left.groupby("shard")["file"]}
+        self.todo = {}
+        for name, number in zip(self.plan["file"], self.plan["shard"], strict=True):
+            if number not in self.done:
+                self.todo.setdefault(number, []).append(self.files.get(name) or os.path.join(dicom_dir, name))
         if self.done:
             check_unchanged(pd.concat(self.done.values()), self.files, cache_dir)
 
 # %% ../nbs/03_ingest.ipynb #03-051
+def _remove_left_overs(cache_dir: Path) -> None:
+    "Delete the half-written files of processes that were killed."
+    for path in (*cache_dir.glob(".*-*.*"), *cache_dir.parent.glob(".*-slices.parquet")):
+        path.unlink(missing_ok=True)
+
 def _ingest_locked(dicom_dir, cache_dir: Path, size: int, executor, workers: int, max_error_share: float, progress: bool) -> pd.DataFrame:
     "`ingest`, while no other run writes to the cache."
-    for left_over in (*cache_dir.glob(".*-*.*"), *cache_dir.parent.glob(".*-slices.parquet")):  # of a killed run
-        left_over.unlink(missing_ok=True)
+    _remove_left_overs(cache_dir)  # of a killed run
     job = Job(dicom_dir, cache_dir, size)
     if job.grown:
         save_plan(job.plan, cache_dir, size)
@@ -484,7 +493,9 @@ def _ingest_locked(dicom_dir, cache_dir: Path, size: int, executor, workers: int
     numbers = list(job.todo)
     with monitor.bar:
         _write_todo(job.todo, cache_dir, size, executor, workers, monitor)
-    tables = job.done | {n: read_shard(cache_dir, n, size) for n in numbers}
+    _remove_left_overs(cache_dir)  # of killed workers
+    done, job = job.done, None  # its lists of paths are no longer needed
+    tables = done | {n: read_shard(cache_dir, n, size) for n in numbers}
     slices = mark_duplicates(pd.concat([tables[n] for n in sorted(tables)], ignore_index=True))
     save_table(slices, cache_dir.parent / "slices.parquet")
     return slices

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WEIGHT_DECAY', 'TRAINING', 'loss_weights', 'positive_weights', 'make_loss', 'can_reach_hub', 'build_model',
            'split_decay', 'make_learner', 'score_logits', 'gather_rows', 'Journal', 'StopOnNonFinite', 'Average',
-           'inner_model', 'plain_numbers', 'Checkpoint', 'resume', 'FollowEpochs', 'SharedNorm', 'share_norms',
-           'ShardedTrainer', 'find_place', 'fit_fold', 'final_model', 'save_model', 'parse_arm', 'fit', 'plot_history',
-           'tiny_run']
+           'inner_model', 'plain_numbers', 'Checkpoint', 'resume', 'FollowEpochs', 'SumOverProcesses', 'SharedNorm',
+           'share_norms', 'ShardedTrainer', 'find_place', 'fit_fold', 'final_model', 'save_model', 'parse_arm', 'fit',
+           'plot_history', 'tiny_run']
 
 # %% ../nbs/06_train.ipynb #06-003
 import hashlib
@@ -341,6 +341,20 @@ class FollowEpochs(Callback):
         loader.epoch = self.epoch
         torch.manual_seed(int(np.random.SeedSequence([loader.seed, self.epoch, loader.rank]).generate_state(1)[0]))
 
+# %% ../nbs/06_train.ipynb #06-071
+class SumOverProcesses(torch.autograd.Function):
+    "The sum of a tensor over all processes; its gradient is the sum of theirs."
+
+    @staticmethod
+    def forward(ctx, x):
+        torch.distributed.all_reduce(total := x.clone())
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        torch.distributed.all_reduce(total := gradient.clone())
+        return total
+
 # %% ../nbs/06_train.ipynb #06-043
 class SharedNorm(torch.nn.Module):
     "A batch norm over the rows of all processes, on CPUs; parameters, buffers and timm's activation are those of the norm it replaces."
@@ -350,12 +364,10 @@ class SharedNorm(torch.nn.Module):
         self.__dict__.update(norm.__dict__)
 
     def normalize(self, x):
-        from torch.distributed.nn.functional import all_reduce
-
         dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
         n = x.numel() // x.shape[1] * torch.distributed.get_world_size()
-        x = x - (mean := all_reduce(x.sum(dims)) / n).view(shape)
-        var = all_reduce(x.square().sum(dims)) / n
+        x = x - (mean := SumOverProcesses.apply(x.sum(dims)) / n).view(shape)
+        var = SumOverProcesses.apply(x.square().sum(dims)) / n
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
@@ -396,7 +408,7 @@ class ShardedTrainer(DistributedTrainer):
 
 # %% ../nbs/06_train.ipynb #06-044
 def find_place() -> tuple[torch.device, int, int]:  # device, rank, processes
-    "Where this process runs: as `accelerate launch` says, alone otherwise."
+    "Where this process runs: as `accelerate launch` or `torchrun` says, alone otherwise."
     rank, processes, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     return device, rank, processes
@@ -444,7 +456,7 @@ def _train(learner: Learner, config: dict) -> None:
         learner.model.compile()
     start = resume(learner)
     if learner.dls.train.processes > 1:
-        learner.add_cb(ShardedTrainer(sync_bn=False))
+        learner.add_cb(ShardedTrainer(sync_bn=False, cpu=learner.dls.device.type == "cpu"))
     try:
         if start < config["epochs"]:
             learner.fit_one_cycle(config["epochs"], config["lr"], start_epoch=start)

@@ -152,8 +152,10 @@ def test_dask_workers_may_be_killed(folder, whole, tmp_path):
         with distributed.Client(cluster) as client:
             victim = next(iter(client.run(os.getpid).values()))
             todo = ThreadPoolExecutor(1).submit(ingest, folder, tmp_path / "cache", SIZE, client.get_executor())
-            time.sleep(0.3)
+            while not (half := list((tmp_path / "cache").glob(f".{victim}-shard-*.npy"))) and not todo.done():
+                time.sleep(0.005)
             os.kill(victim, signal.SIGKILL)
+            assert half, "killed while it was writing a shard"
             todo.result(60)
     assert content(tmp_path) == content(whole)
 

@@ -1,0 +1,303 @@
+"""Training: the loss by hand, held-out patients unknown to it, two processes as one, killed and resumed, and what goes wrong is said."""
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ich_fastai import train
+from ich_fastai.cohort import tiny_cohort
+from ich_fastai.data import SliceBatches, slice_loaders, training_rows
+from ich_fastai.evaluate import weighted_log_loss
+from ich_fastai.labels import LABELS, InputError
+from ich_fastai.train import build_model, can_reach_hub, fit, loss_weights, make_loss, positive_weights, score_logits
+
+LOGITS = [f"logit_{label}" for label in LABELS]
+QUICK = dict(arch="resnet10t", image_size=32, windows=["brain"], neighbors=0, batch_size=8, epochs=1, epoch_size=24)
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    return pd.read_parquet(tiny_cohort() / "cohort.parquet")
+
+
+def run_folder(folder, cohort, copy_cache=False):
+    "A run folder with this cohort and the tiny phantom's cache."
+    folder.mkdir(parents=True)
+    cohort.to_parquet(folder / "cohort.parquet")
+    cache = tiny_cohort() / "cache"
+    shutil.copytree(cache, folder / "cache") if copy_cache else (folder / "cache").symlink_to(cache)
+    return folder
+
+
+def weights_of(run_dir):
+    return load_file(run_dir / "model" / "weights.safetensors")
+
+
+def same_weights(a, b):
+    a, b = weights_of(a), weights_of(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def history_of(run_dir):
+    return pd.read_csv(run_dir / "model" / "history.csv")
+
+
+def run_script(script, *arguments, launcher=(), threads=1):
+    "The script in a process of its own, on the CPU; another number of threads rounds otherwise."
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-W", "ignore", *launcher, script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_the_loss_is_the_formula(cohort):
+    rng = np.random.default_rng(0)
+    z, y = rng.normal(size=(5, 6)), rng.integers(0, 2, (5, 6))
+    w, c = loss_weights(cohort, "inverse"), positive_weights(cohort)
+    n = cohort[list(LABELS)].sum()
+    assert np.allclose(w / w["any"], n["any"] / n) and np.isclose(w.mean(), 1) and np.allclose(c, (len(cohort) - n) / n)
+    p = 1 / (1 + np.exp(-z))
+    logits, labels = torch.tensor(z, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
+    expected = -(w.to_numpy() * (y * np.log(p) + (1 - y) * np.log(1 - p))).mean()
+    assert np.isclose(make_loss(w)(logits, labels).item(), expected, rtol=1e-5)
+    expected = -(w.to_numpy() * (c.to_numpy() * y * np.log(p) + (1 - y) * np.log(1 - p))).mean()
+    assert np.isclose(make_loss(w, c)(logits, labels).item(), expected, rtol=1e-5)
+    competition = make_loss(loss_weights(cohort, "competition"))(logits, labels).item()
+    assert np.isclose(competition, weighted_log_loss(y, p), rtol=1e-5)
+
+
+def test_nothing_of_the_held_out_fold_reaches_the_weights(cohort, tmp_path):
+    "Other labels and other pixels in the held-out fold: the same network, normalization, loss weights and share kept; only its scores differ."
+    other = cohort.copy()
+    held_out = other["fold"] == 0
+    other.loc[held_out, list(LABELS)] = 1 - other.loc[held_out, list(LABELS)]
+    runs = [run_folder(tmp_path / "a", cohort), run_folder(tmp_path / "b", other, copy_cache=True)]
+    for shard, rows in other[held_out].groupby("shard"):
+        path = runs[1] / "cache" / f"shard-{shard:05}.npy"
+        pixels = np.load(path)
+        pixels[rows["row"]] = 3000 - pixels[rows["row"]]
+        np.save(path, pixels)
+    tables = [fit(run_dir, pos_weight=True, **QUICK) for run_dir in runs]
+    assert same_weights(*runs)
+    models = [json.loads((run_dir / "model" / "model.json").read_text()) for run_dir in runs]
+    assert models[0] == models[1] and models[0]["training"]["folds"][0]["slices"] == len(training_rows(cohort, 0, "undersample")[0])
+    assert not np.allclose(tables[0][LOGITS], tables[1][LOGITS]) and (history_of(runs[0])["valid_loss"] != history_of(runs[1])["valid_loss"]).all()
+
+
+@pytest.fixture(scope="module")
+def averaged(cohort, tmp_path_factory):
+    "A training with all options on, two folds: run folder and predictions."
+    run_dir = run_folder(tmp_path_factory.mktemp("averaged") / "run", cohort)
+    return run_dir, fit(run_dir, arm="none+competition", pos_weight=True, ema=0.9, folds=[0, 2], **QUICK | {"epochs": 2})
+
+
+def test_predictions_are_the_saved_network_on_untouched_held_out_slices(averaged, cohort):
+    run_dir, predictions = averaged
+    assert predictions["SOPInstanceUID"].tolist() == pd.concat([cohort[cohort["fold"] == k] for k in (0, 2)])["SOPInstanceUID"].tolist()
+    assert pd.read_parquet(run_dir / "predictions.parquet").equals(predictions)
+    config = json.loads((run_dir / "model" / "model.json").read_text())
+    model = build_model(config["arch"], config["n_in"]).eval()
+    model.load_state_dict(weights_of(run_dir))
+    keys = ("image_size", "windows", "neighbors")
+    plain = SliceBatches(cohort[cohort["fold"] == 0], run_dir / "cache", train=False, batch_size=8, **{k: config[k] for k in keys})
+    with torch.no_grad():
+        logits = torch.cat([model(x) for x, _ in plain]).numpy()
+    assert np.allclose(logits, predictions.loc[predictions["fold"] == 0, LOGITS], atol=1e-4)
+
+
+def test_what_was_done_is_written_down(averaged, cohort):
+    run_dir, _ = averaged
+    training = json.loads((run_dir / "model" / "model.json").read_text())["training"]
+    rows = training_rows(cohort, 0, "none")[0]
+    assert np.allclose(training["pos_weight"], positive_weights(rows), atol=1e-5) and training["ema"] == 0.9
+    assert [f["fold"] for f in training["folds"]] == [0, 2] and training["folds"][0]["images_seen"] == 48 and training["folds"][0]["keep_rate"] == 1
+    assert not (run_dir / "model" / "checkpoints").exists()
+    assert history_of(run_dir)[["fold", "epoch"]].to_numpy().tolist() == [[0, 1], [0, 2], [2, 1], [2, 2]]
+
+
+def test_the_average_of_weights_is_another_network_than_the_last(averaged, cohort, tmp_path):
+    last = run_folder(tmp_path / "last", cohort)
+    fit(last, arm="none+competition", pos_weight=True, **QUICK | {"epochs": 2})
+    assert not same_weights(averaged[0], last)
+    assert history_of(last)["train_loss"].tolist() == history_of(averaged[0]).query("fold == 0")["train_loss"].tolist(), "trained alike"
+
+
+EXACT = """
+import json, sys, torch
+from ich_fastai import train
+
+if __name__ == "__main__":
+    build_model = train.build_model
+
+    def exact(*args, **kwargs):
+        model = build_model(*args, **kwargs)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+        return model.double()
+
+    train.build_model = exact
+    train.fit(sys.argv[1], **json.loads(sys.argv[2]))
+    _, rank, processes = train.find_place()
+    print(f"process {rank} of {processes}")
+"""
+
+
+def test_two_processes_train_and_predict_as_one(cohort, tmp_path, monkeypatch):
+    "20 steps, one an epoch so that each loss is on record. In float64, for Adam makes much of a rounded zero; dropout, which each process draws for itself, is off."
+    script = tmp_path / "train.py"
+    script.write_text(EXACT)
+    held_out = cohort[cohort["fold"] == 0].head(17)  # an odd number: the last share is padded
+    few = pd.concat([held_out, cohort[cohort["fold"] != 0]], ignore_index=True)
+    one, two = (run_folder(tmp_path / name, few) for name in ("one", "two"))
+    options = json.dumps(QUICK | {"batch_size": 16, "epochs": 20, "epoch_size": 16, "lr": 1e-3})
+    done = run_script(script, two, options, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"process 0 of 2", "process 1 of 2"} == set(done.stdout.splitlines())
+    monkeypatch.setattr(train, "build_model", build_model)  # taken back after the script has changed it
+    monkeypatch.setattr(sys, "argv", [str(script), str(one), options])
+    runpy.run_path(str(script), run_name="__main__")
+    losses = [history_of(run_dir)["train_loss"] for run_dir in (one, two)]
+    assert len(losses[0]) == 20 and np.allclose(*losses, rtol=1e-4) and losses[0].std() > 0.01
+    one, two = (pd.read_parquet(run_dir / "predictions.parquet") for run_dir in (one, two))
+    assert two["SOPInstanceUID"].tolist() == one["SOPInstanceUID"].tolist() == held_out["SOPInstanceUID"].tolist()
+    assert np.allclose(one[LOGITS], two[LOGITS], atol=1e-4)
+
+
+KILLED = """
+import json, os, signal, sys
+from ich_fastai import train
+
+write = train.Checkpoint.after_validate
+
+def write_and_die(self):
+    write(self)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+train.Checkpoint.after_validate = write_and_die
+train.fit(sys.argv[1], **json.loads(sys.argv[2]))
+"""
+
+
+def test_killed_after_an_epoch_and_resumed_ends_as_if_uninterrupted(cohort, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    options = QUICK | {"epochs": 3, "ema": 0.9}
+    whole, killed = (run_folder(tmp_path / name, cohort) for name in ("whole", "killed"))
+    want = fit(whole, **options)
+    done = run_script(tmp_path / "killed.py", killed, json.dumps(options), threads=torch.get_num_threads())
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    state = torch.load(killed / "model" / "checkpoints" / "fold-0.pt", weights_only=True)
+    assert state["epoch"] == 1 and not (killed / "predictions.parquet").exists()
+    got = fit(killed, **options)
+    assert history_of(killed)["seconds"][0] == state["history"][0]["seconds"], "the first epoch was not trained again"
+    assert np.allclose(got[LOGITS], want[LOGITS], atol=1e-3) and got.drop(columns=LOGITS).equals(want.drop(columns=LOGITS))
+    a, b = (history_of(run_dir).drop(columns="seconds") for run_dir in (whole, killed))
+    assert np.allclose(a, b, atol=1e-3, equal_nan=True)
+    a, b = weights_of(whole), weights_of(killed)
+    assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
+
+
+@pytest.mark.parametrize("lr", [3e-3, 0.1])
+def test_broken_off_here_it_is_the_same_bit_for_bit_and_other_settings_start_anew(cohort, tmp_path, monkeypatch, lr):
+    options = QUICK | {"epochs": 2}
+    whole, resumed = (run_folder(tmp_path / name, cohort) for name in ("whole", "resumed"))
+    fit(whole, **options)
+    write = train.Checkpoint.after_validate
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Checkpoint, "after_validate", lambda self: (write(self), signal.raise_signal(signal.SIGINT)))
+        fit(resumed, **options | {"lr": lr})
+    first = torch.load(resumed / "model" / "checkpoints" / "fold-0.pt", weights_only=True)["history"][0]["seconds"]
+    fit(resumed, **options)
+    assert (history_of(resumed)["seconds"][0] == first) == (lr == 3e-3) and same_weights(whole, resumed)
+
+
+def test_a_loss_that_is_not_finite_names_its_batch(cohort, tmp_path, monkeypatch):
+    steps = iter([1.0, float("nan"), 1.0])
+    monkeypatch.setattr(train, "make_loss", lambda *a: lambda logits, y: logits.mean() * next(steps))
+    run_dir = run_folder(tmp_path / "run", cohort)
+    loader = slice_loaders(cohort, run_dir / "cache", 0, image_size=32, windows={"brain": (40, 80)}, neighbors=0, batch_size=8, epoch_size=24).train
+    with pytest.raises(InputError, match="not finite in epoch 1, batch 2 of 3, with the slices " + ", ".join(loader.ids[loader.rows()[1]][:3])) as error:
+        fit(run_dir, **QUICK)
+    assert "\n" not in str(error.value) and not (run_dir / "predictions.parquet").exists()
+
+
+def test_out_of_memory_names_batch_and_image_size(cohort, tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "make_loss", lambda *a: no_memory)
+    with pytest.raises(InputError, match="batch_size=8, image_size=32: lower one of them"):
+        fit(run_folder(tmp_path / "run", cohort), **QUICK)
+
+
+def test_pretrained_weights_that_cannot_be_had_are_one_message(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(train, "can_reach_hub", lambda: False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="weights=FILE, or pretrained=False") as error:
+        build_model("resnet26t", 3, pretrained=True)
+    assert "\n" not in str(error.value) and constants.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch):
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert not can_reach_hub(0.5)
+
+
+def test_weights_from_a_file_start_the_backbone_and_fit_any_number_of_channels(tmp_path):
+    import timm
+
+    state = timm.create_model("resnet10t").state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    mine = build_model("resnet10t", 9, weights=str(tmp_path / "weights.safetensors")).state_dict()
+    backbone = {k.removeprefix("0.model."): v for k, v in mine.items() if k.startswith("0.model.")}
+    first = "conv1.0.weight"
+    assert backbone[first].shape[1] == 9 and torch.allclose(backbone[first].sum(1), state[first].sum(1), atol=1e-5)
+    assert all(torch.equal(v, state[k]) for k, v in backbone.items() if k != first) and len(backbone) > 50
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda f: build_model("resnet1", 3), "arch=resnet1: timm has no such model; try .*resnet1[08]"),
+        (lambda f: build_model("resnet10t", 3, weights=str(f / "none.pth")), "none.pth: no such file"),
+        (lambda f: build_model("resnet10t", 3, weights=str(f / "other.pth")), "other.pth: holds no weights of resnet10t"),
+        (lambda f: fit(f / "run", **QUICK | {"epochs": 0}), "epochs=0"),
+        (lambda f: fit(f / "run", folds=[9], **QUICK), r"folds=\[9\]"),
+        (lambda f: fit(f / "run", arm="undersample", **QUICK), "arm undersample: must be"),
+        (lambda f: fit(f / "run", **QUICK | {"batch_size": 1}), "batch_size=1: batch norm needs 2"),
+        (lambda f: loss_weights(pd.DataFrame(), "squared"), "class_weights=squared"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(cohort, tmp_path, call, message):
+    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    run_folder(tmp_path / "run", cohort)
+    with pytest.raises(InputError, match=message) as error:
+        call(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_class_without_a_positive_has_no_auc_and_spoils_nothing(cohort, tmp_path):
+    y, z = np.zeros((6, 6)), np.arange(36.0).reshape(6, 6)
+    y[3:, [1, 5]] = 1
+    y[:, 2] = 1
+    assert score_logits(y, z) == {"auc_any": 1.0, "auc_subtypes": 1.0} and score_logits(y[:1], z[:1]) == {"auc_any": None, "auc_subtypes": None}
+    run_dir = run_folder(tmp_path / "run", cohort.assign(**dict.fromkeys(LABELS, 0), in_sample=False))
+    predictions = fit(run_dir, pos_weight=True, **QUICK)
+    assert np.isfinite(predictions[LOGITS]).all().all() and history_of(run_dir)["auc_any"].isna().all()
+    assert np.isfinite(history_of(run_dir)[["train_loss", "valid_loss"]]).all().all()
