@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from mmap import mmap
 from multiprocessing.connection import Connection, Pipe
@@ -357,13 +357,30 @@ def _is_death(e: Exception) -> bool:
     return isinstance(e, BrokenExecutor | CancelledError | ConnectionError) or type(e).__name__ in _DASK_DEATHS
 
 
+# %% ../nbs/03_ingest.ipynb #03-090
+@contextmanager
+def _hold_interrupt():
+    "Let Ctrl-C wait: a process pool that it hits while it starts hangs, and a worker that has not begun prints a traceback."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked, mask = [], signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which workers inherit
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt
+
 # %% ../nbs/03_ingest.ipynb #03-043
 def _run_round(pool: Executor, todo: dict, write, report, here) -> int:
     "Give all shards to the pool; take those that are done out of `todo`. How many those are."
     before, pending = len(todo), {}
     try:
-        for number, files in list(todo.items()):
-            pending[pool.submit(write, files, number=number)] = number
+        with _hold_interrupt():
+            pending.update((pool.submit(write, files, number=number), number) for number, files in todo.items())
         while pending:
             taken = next((f for f in reversed(pending) if f.cancel()), None) if here else None
             if taken:

@@ -284,15 +284,22 @@ def notebook_title(
     return tuple(next((line.removeprefix(mark) for line in lines if line.startswith(mark)), path.stem) for mark in ("# ", "> "))
 
 # %% ../nbs/10_reproduce.ipynb #10-037
+def _for_people(text: str) -> str:
+    "A cell of a CSV: whole numbers with thousands separators, others with four digits, a dash for nothing."
+    try:
+        return f"{int(text):,}" if text.isdigit() else f"{float(text):.4g}"
+    except ValueError:
+        return text or "–"
+
 def render_table(
     csv: Path,  # a table of the run
 ) -> str:  # HTML; a sentence where the table is missing
-    "A CSV of the run as an HTML table: whole numbers with thousands separators, empty cells as a dash."
+    "A CSV of the run as an HTML table."
     import pandas as pd
 
     if not csv.is_file():
         return f'<p class="soft">{csv.name}: not made in this run.</p>'
-    table = pd.read_csv(csv, dtype=str, keep_default_na=False).map(lambda v: f"{int(v):,}" if v.isdigit() else v or "–")
+    table = pd.read_csv(csv, dtype=str, keep_default_na=False).map(_for_people)
     kind = "scroll" if csv.stem == "flow" else "scroll text"
     return f'<div class="{kind}">{table.to_html(index=False, border=0)}</div>'
 

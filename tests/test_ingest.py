@@ -181,6 +181,14 @@ def test_a_run_stopped_by_ctrl_c_says_how_to_go_on(folder, whole, tmp_path):
     assert content(tmp_path) == content(whole)
 
 
+def test_ctrl_c_waits_until_the_pool_has_started():
+    steps = []
+    with pytest.raises(KeyboardInterrupt), module._hold_interrupt():
+        signal.raise_signal(signal.SIGINT)
+        steps.append("the block ends")
+    assert steps == ["the block ends"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_files_added_later_are_appended(folder, tmp_path):
     some = tmp_path / "dicom"
     some.mkdir()
