@@ -186,6 +186,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ich_fastai.ingest.printable': ('ingest.html#printable', 'ich_fastai/ingest.py'),
                                    'ich_fastai.ingest.read_row': ('ingest.html#read_row', 'ich_fastai/ingest.py'),
                                    'ich_fastai.ingest.read_shard': ('ingest.html#read_shard', 'ich_fastai/ingest.py'),
+                                   'ich_fastai.ingest.read_tables': ('ingest.html#read_tables', 'ich_fastai/ingest.py'),
                                    'ich_fastai.ingest.resize_slice': ('ingest.html#resize_slice', 'ich_fastai/ingest.py'),
                                    'ich_fastai.ingest.run_shards': ('ingest.html#run_shards', 'ich_fastai/ingest.py'),
                                    'ich_fastai.ingest.save_plan': ('ingest.html#save_plan', 'ich_fastai/ingest.py'),

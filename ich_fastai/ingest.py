@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DECODE_SECONDS', 'DECODE_BYTES', 'SHARD_ROWS', 'COLUMNS', 'NPY_HEADER', 'resize_slice', 'serve_decoder', 'Decoder',
            'read_row', 'printable', 'shard_paths', 'write_shard', 'read_shard', 'list_files', 'open_plan',
-           'extend_plan', 'save_plan', 'find_changed', 'check_unchanged', 'run_shards', 'Monitor', 'mark_duplicates',
-           'Job', 'ingest', 'count_errors', 'Cache', 'open_cache', 'describe_todo', 'ich_ingest', 'connect_scheduler']
+           'extend_plan', 'save_plan', 'find_changed', 'check_unchanged', 'run_shards', 'Monitor', 'read_tables',
+           'mark_duplicates', 'Job', 'ingest', 'count_errors', 'Cache', 'open_cache', 'describe_todo', 'ich_ingest',
+           'connect_scheduler']
 
 # %% ../nbs/03_ingest.ipynb #03-002
 import json
@@ -173,7 +174,7 @@ def _write_header(file, n: int, size: int) -> None:
         raise RuntimeError(f"numpy's header has {file.tell()} bytes, not {NPY_HEADER}")
 
 # %% ../nbs/03_ingest.ipynb #03-024
-def _write_pixels(path: Path, files: list[str], size: int, rows: list, tick) -> None:
+def _write_pixels(path: Path, files, size: int, rows: list, tick) -> None:
     "Read the files, write the pixels of the good ones to `path` and append the rows of all to `rows`."
     buffer, n = mmap(-1, 1 << 20), 0  # begins at a page, where the kernel copies much faster than into a bytearray
     with Decoder() as decoder, open(path, "wb") as f:
@@ -195,10 +196,11 @@ def _make_table(rows: list[dict]) -> pd.DataFrame:
 
 # %% ../nbs/03_ingest.ipynb #03-025
 def write_shard(
-    files: list[str],  # at most SHARD_ROWS paths
+    files: list[str],  # at most SHARD_ROWS paths in `dicom_dir`
     cache_dir: str | Path,
     number: int,  # of the shard
     size: int,  # px
+    dicom_dir: str | Path = "",
     tick=lambda n_bytes: None,  # called after each file
 ) -> pd.DataFrame:  # columns file, bytes, error
     "Read the files and write one shard: pixels first, its table last. Raises `InputError` where it cannot be written."
@@ -206,7 +208,8 @@ def write_shard(
     cv2.setNumThreads(1)  # one process a core is faster than many threads on small slices
     try:
         rows, (pixels_path, table_path) = [], shard_paths(cache_dir, number)
-        write_file(pixels_path, lambda p: _write_pixels(p, files, size, rows, tick))
+        paths = [os.path.join(dicom_dir, file) for file in files]
+        write_file(pixels_path, lambda p: _write_pixels(p, paths, size, rows, tick))
         table = _make_table(rows).assign(shard=pd.array([number] * len(rows), COLUMNS["shard"]))
         save_table(table, table_path)
     finally:
@@ -218,11 +221,11 @@ def read_shard(
     cache_dir: str | Path,
     number: int,  # of the shard
     size: int,  # px
-) -> pd.DataFrame | None:  # columns COLUMNS
+) -> pd.DataFrame | None:  # columns file, bytes, modified_ns, row, shard, error
     "A finished shard's table, None where the shard is not done."
     pixels, table = shard_paths(cache_dir, number)
     try:
-        rows = pd.read_parquet(table)
+        rows = pd.read_parquet(table, columns=["file", "bytes", "modified_ns", "row", "shard", "error"])
         right = pixels.stat().st_size == NPY_HEADER + 2 * size * size * int(rows["row"].notna().sum())
     except FileNotFoundError:
         return None
@@ -233,11 +236,11 @@ def read_shard(
 # %% ../nbs/03_ingest.ipynb #03-031
 def list_files(
     dicom_dir: str | Path,
-) -> dict[str, str]:  # printable name: path, sorted by name
+) -> dict[str, str]:  # printable name, in order: the name on disk
     "The entries of a DICOM folder but hidden ones. Raises `InputError` when there is no folder or nothing in it."
     try:
         with os.scandir(dicom_dir) as entries:
-            files = {printable(e.name): e.path for e in entries if not e.name.startswith(".")}
+            files = {printable(e.name): e.name for e in entries if not e.name.startswith(".")}
     except OSError as e:
         raise InputError(f"{dicom_dir}: {e.strerror}; give the folder that holds the .dcm files") from e
     if not files:
@@ -311,15 +314,17 @@ def _reason_now(path: str) -> str | None:
 def find_changed(
     done: pd.DataFrame,  # columns file, bytes, modified_ns, error, shard
     files: dict[str, str],  # as `list_files` gives it
+    dicom_dir: str | Path,
 ) -> pd.DataFrame:  # the rows of `done` whose file is another now
     "Cached files that changed since, and those that could not be read and can be now."
     def is_same(name, n_bytes, modified_ns, error):
         if name not in files:
             return True
+        path = os.path.join(dicom_dir, files[name])
         if pd.isna(n_bytes):
-            return _reason_now(files[name]) == error
+            return _reason_now(path) == error
         try:
-            now = os.stat(files[name])
+            now = os.stat(path)
         except OSError:
             return True
         return (now.st_size, now.st_mtime_ns) == (n_bytes, modified_ns)
@@ -331,10 +336,11 @@ def find_changed(
 def check_unchanged(
     done: pd.DataFrame,  # columns file, bytes, modified_ns, shard
     files: dict[str, str],  # as `list_files` gives it
+    dicom_dir: str | Path,
     cache_dir: Path,
 ) -> None:
     "Raise `InputError` where cached files changed."
-    changed = find_changed(done, files)
+    changed = find_changed(done, files, dicom_dir)
     if len(changed):
         shards = sorted(set(changed["shard"]))
         what = " ".join(f"shard-{n:05d}.parquet" for n in shards[:8]) + (f" ... ({len(shards)} in all)" if len(shards) > 8 else "")
@@ -375,19 +381,20 @@ def _hold_interrupt():
         raise KeyboardInterrupt
 
 # %% ../nbs/03_ingest.ipynb #03-043
-def _run_round(pool: Executor, todo: dict, write, report, here) -> int:
-    "Give all shards to the pool; take those that are done out of `todo`. How many those are."
-    before, pending = len(todo), {}
+def _run_round(pool: Executor, todo: dict, write, report, here, ahead: int) -> int:
+    "Write the shards in the pool and, where `here` is given, in this process; take those that are done out of `todo`. How many those are."
+    before, waiting, pending = len(todo), list(todo), {}
     try:
-        with _hold_interrupt():
-            pending.update((pool.submit(write, files, number=number), number) for number, files in todo.items())
-        while pending:
-            taken = next((f for f in reversed(pending) if f.cancel()), None) if here else None
-            if taken:
-                number = pending.pop(taken)
-                here(todo[number], number)
+        while waiting or pending:
+            with _hold_interrupt():
+                while waiting and (here is None or len(pending) < ahead):
+                    number = waiting.pop(0)
+                    pending[pool.submit(write, todo[number], number=number)] = number
+            mine = waiting[-1:]
+            for number in mine:
+                here(todo[number], waiting.pop())
                 del todo[number]
-            for future in wait(pending, 0 if taken else None, return_when=FIRST_COMPLETED).done:
+            for future in wait(pending, 0 if mine else None, return_when=FIRST_COMPLETED).done:
                 number = pending.pop(future)
                 report(future.result())
                 del todo[number]
@@ -406,12 +413,13 @@ def run_shards(
     make_pool,  # gives a context with an executor, a new one for each round
     report,  # called with what `write` returns
     here=None,  # called as here(files, shard) for a shard that this process takes; None where it shall take none
+    ahead: int = 0,  # shards that the pool has in advance where this process works too; the fewer, the sooner both end
 ) -> None:
     "Write the shards on an executor. Raises `InputError` when the workers keep dying."
     idle = 0
     while todo:
         with make_pool() as pool:
-            idle = 0 if _run_round(pool, todo, write, report, here) else idle + 1
+            idle = 0 if _run_round(pool, todo, write, report, here, ahead) else idle + 1
         if idle == 3:
             first, files = next(iter(todo.items()))
             raise InputError(f"{files[0]}: the workers, or their scheduler, died three times on shard {first} that begins here (out of memory?); run again to go on")
@@ -446,38 +454,47 @@ class Monitor:
         self.check(shard)
 
 # %% ../nbs/03_ingest.ipynb #03-048
-def _write_todo(todo: dict, cache_dir: Path, size: int, executor: Executor | None, workers: int, monitor: Monitor) -> None:
+def _write_todo(todo: dict, dicom_dir: Path, cache_dir: Path, size: int, executor: Executor | None, workers: int, monitor: Monitor) -> None:
     "Write the shards: on the given executor, or here and in a local pool."
-    write = partial(write_shard, cache_dir=str(cache_dir), size=size)
+    write = partial(write_shard, dicom_dir=str(dicom_dir), cache_dir=str(cache_dir), size=size)
     def here(files, number): monitor.check(write(files, number=number, tick=monitor.count))
     n_pool = min(workers, len(todo) // 2) - 1  # for a shard or two it does not pay to start a process
     if executor:
         run_shards(todo, write, partial(nullcontext, executor), monitor.report)
     elif n_pool > 0:
         spawn = multiprocessing.get_context("spawn")  # fork is not safe beside torch's threads
-        run_shards(todo, write, partial(ProcessPoolExecutor, n_pool, mp_context=spawn, initializer=_start_worker), monitor.report, here)
+        run_shards(todo, write, partial(ProcessPoolExecutor, n_pool, mp_context=spawn, initializer=_start_worker), monitor.report, here, 2 * n_pool)
     else:
         for number, files in todo.items():
             here(files, number)
+
+# %% ../nbs/03_ingest.ipynb #03-093
+def read_tables(
+    cache_dir: str | Path,
+    numbers: list[int],  # of finished shards
+) -> pd.DataFrame:  # columns COLUMNS
+    "The tables of shards one after the other, held in memory once."
+    from pyarrow.parquet import read_table
+
+    table = read_table([str(shard_paths(cache_dir, n)[1]) for n in numbers])
+    return table.to_pandas(split_blocks=True, self_destruct=True)
 
 # %% ../nbs/03_ingest.ipynb #03-049
 def mark_duplicates(
     slices: pd.DataFrame,  # columns COLUMNS
 ) -> pd.DataFrame:  # the same rows
     "The table with an error at each file that repeats the SOPInstanceUID of an earlier one."
-    good = slices.loc[slices["error"].isna(), ["SOPInstanceUID", "file"]]
-    again = good[good["SOPInstanceUID"].duplicated()]
-    if len(again):
-        repeated, first = set(again["SOPInstanceUID"]), {}
-        for uid, file in zip(good["SOPInstanceUID"], good["file"], strict=True):
-            if uid in repeated:
-                first.setdefault(uid, file)
-        slices.loc[again.index, "error"] = pd.array([f"duplicate: same SOPInstanceUID as {first[uid]}" for uid in again["SOPInstanceUID"]], "string")
+    good = slices["SOPInstanceUID"][slices["error"].isna()]
+    if not good.is_unique:  # this needs little memory, what follows much
+        again = good[good.duplicated()]
+        first = slices["file"][good.index[good.isin(again) & ~good.duplicated()]]
+        first.index = good[first.index]
+        slices.loc[again.index, "error"] = ("duplicate: same SOPInstanceUID as " + first[again]).array
     return slices
 
 # %% ../nbs/03_ingest.ipynb #03-050
 class Job:
-    "What is to be done for a folder and a cache: `plan`, the finished shards' tables `done`, and `todo`, shard: paths."
+    "What is to be done for a folder and a cache: `plan`, the finished shards' tables `done`, and `todo`, shard: files."
 
     def __init__(self, dicom_dir: str | Path, cache_dir: Path, size: int):
         self.files = list_files(dicom_dir)
@@ -489,9 +506,9 @@ class Job:
         self.todo = {}
         for name, number in zip(self.plan["file"], self.plan["shard"], strict=True):
             if number not in self.done:
-                self.todo.setdefault(number, []).append(self.files.get(name) or os.path.join(dicom_dir, name))
+                self.todo.setdefault(number, []).append(self.files.get(name, name))
         if self.done:
-            check_unchanged(pd.concat(self.done.values()), self.files, cache_dir)
+            check_unchanged(pd.concat(self.done.values()), self.files, dicom_dir, cache_dir)
 
 # %% ../nbs/03_ingest.ipynb #03-051
 def _remove_left_overs(cache_dir: Path) -> None:
@@ -499,6 +516,7 @@ def _remove_left_overs(cache_dir: Path) -> None:
     for path in (*cache_dir.glob(".*-*.*"), *cache_dir.parent.glob(".*-slices.parquet")):
         path.unlink(missing_ok=True)
 
+# %% ../nbs/03_ingest.ipynb #03-092
 def _ingest_locked(dicom_dir, cache_dir: Path, size: int, executor, workers: int, max_error_share: float, progress: bool) -> pd.DataFrame:
     "`ingest`, while no other run writes to the cache."
     _remove_left_overs(cache_dir)  # of a killed run
@@ -507,13 +525,11 @@ def _ingest_locked(dicom_dir, cache_dir: Path, size: int, executor, workers: int
         save_plan(job.plan, cache_dir, size)
     errors = [t.loc[t["error"].notna(), ["file", "error"]] for t in job.done.values()]
     monitor = Monitor(len(job.plan), sum(map(len, job.todo.values())), errors, max_error_share, cache_dir.parent, progress)
-    numbers = list(job.todo)
     with monitor.bar:
-        _write_todo(job.todo, cache_dir, size, executor, workers, monitor)
+        _write_todo(job.todo, dicom_dir, cache_dir, size, executor, workers, monitor)
     _remove_left_overs(cache_dir)  # of killed workers
-    done, job = job.done, None  # its lists of paths are no longer needed
-    tables = done | {n: read_shard(cache_dir, n, size) for n in numbers}
-    slices = mark_duplicates(pd.concat([tables[n] for n in sorted(tables)], ignore_index=True))
+    numbers, job = sorted(set(job.plan["shard"])), None  # its lists are no longer needed
+    slices = mark_duplicates(read_tables(cache_dir, numbers))
     save_table(slices, cache_dir.parent / "slices.parquet")
     return slices
 

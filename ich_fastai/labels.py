@@ -144,22 +144,22 @@ def _scan_rows(csv: Path):
     missing = {"ID", "Label"} - set(frame.collect_schema().names())
     if missing:
         raise InputError(f"{csv}: has no column {', '.join(sorted(missing))}; it needs the columns ID,Label of stage_1_train.csv")
-    ends = [pl.col("ID").str.ends_with(f"_{label}").cast(pl.UInt32) for label in LABELS]
-    suffix = pl.sum_horizontal(end * len(f"_{label}") for end, label in zip(ends, LABELS, strict=True))
-    bit = pl.sum_horizontal(end * (1 << k) for k, end in enumerate(ends)).cast(pl.UInt8)
+    bit, suffix = pl.lit(0, pl.UInt8), pl.lit(0, pl.UInt32)
+    for k, label in enumerate(LABELS):
+        ends = pl.col("ID").str.ends_with(f"_{label}")
+        bit = pl.when(ends).then(pl.lit(1 << k, pl.UInt8)).otherwise(bit)
+        suffix = pl.when(ends).then(pl.lit(len(label) + 1, pl.UInt32)).otherwise(suffix)
     return frame.select("Label", id=pl.col("ID").str.head(pl.col("ID").str.len_bytes() - suffix), bit=bit)
 
 # %% ../nbs/00_labels.ipynb #00-029
 def _collect_bits(rows):
-    "A row per slice: `ones` and `zeros`, bit k set when a row says that of LABELS[k]; `bad`: rows that say neither."
+    "A row per slice: `ones` and `zeros`, bit k set when a row says that of LABELS[k]; `bad`: does a row say neither?"
     import polars as pl
 
     bit, value = pl.col("bit"), pl.col("Label")
-    return rows.group_by("id").agg(
-        ones=bit.filter(value == 1).bitwise_or().fill_null(0),
-        zeros=bit.filter(value == 0).bitwise_or().fill_null(0),
-        bad=(~(value.is_in([0, 1]).fill_null(False) & (bit > 0))).sum(),
-    ).sort("id").collect(engine="streaming")
+    ones, zeros = (pl.when(value == v).then(bit).otherwise(pl.lit(0, pl.UInt8)) for v in (1, 0))
+    rows = rows.select("id", ones=ones, zeros=zeros, bad=~(value.is_in([0, 1]).fill_null(False) & (bit > 0)))
+    return rows.group_by("id").agg(pl.col("ones", "zeros").bitwise_or(), pl.col("bad").any()).collect(engine="streaming").sort("id")
 
 # %% ../nbs/00_labels.ipynb #00-031
 def _check_bits(slices, csv: Path) -> None:
@@ -168,7 +168,7 @@ def _check_bits(slices, csv: Path) -> None:
 
     any_bit = 1 << len(SUBTYPES)
     rules = (
-        (pl.col("bad") > 0, "a row that is not ID_<slice>_<label>,<0 or 1> with a known label (a truncated file?)"),
+        (pl.col("bad"), "a row that is not ID_<slice>_<label>,<0 or 1> with a known label (a truncated file?)"),
         (pl.col("ones") & pl.col("zeros") != 0, "duplicate rows that contradict each other"),
         (pl.col("ones") | pl.col("zeros") != 2 * any_bit - 1, "fewer than six labels (a truncated file?)"),
         ((pl.col("ones") >= any_bit) != (pl.col("ones") % any_bit > 0), "a label 'any' that is not the OR of the five subtypes"),

@@ -113,12 +113,12 @@ def test_a_killed_parent_leaves_no_workers(folder, tmp_path):
     assert not alive
 
 
-def die_once(marker, files, number, cache_dir, size):
+def die_once(marker, files, number, **options):
     "A shard writer that kills its process the first time it is called."
     try:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return module.write_shard(files, cache_dir, number, size)
+        return module.write_shard(files, number=number, **options)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -131,7 +131,7 @@ def test_workers_that_die_are_survived(folder, whole, tmp_path):
 
     files = list(list_files(folder).values())
     todo = {n: files[n * SHARD_ROWS : (n + 1) * SHARD_ROWS] for n in range(5)}
-    write, done = partial(die_once, str(tmp_path / "died"), cache_dir=str(tmp_path), size=SIZE), []
+    write, done = partial(die_once, str(tmp_path / "died"), dicom_dir=str(folder), cache_dir=str(tmp_path), size=SIZE), []
     module.run_shards(todo, write, partial(ProcessPoolExecutor, 2), done.append)
     assert (tmp_path / "died").exists() and not todo and sum(map(len, done)) == N_FILES
     for n in range(5):
@@ -208,7 +208,7 @@ def test_changed_files_are_reported_and_read_again_on_request(tmp_path):
     (some / "b.dcm").write_bytes(make_file(SOPInstanceUID="ID_b"))
     before = ingest(some, tmp_path / "cache", SIZE)
     (some / "a.dcm").write_bytes(make_file(HEAD + 5))
-    assert find_changed(before, list_files(some))["file"].to_list() == ["a.dcm"]
+    assert find_changed(before, list_files(some), some)["file"].to_list() == ["a.dcm"]
     with pytest.raises(InputError, match=r"1 files have changed .*a\.dcm.*delete shard-00000\.parquet"):
         ingest(some, tmp_path / "cache", SIZE)
     (tmp_path / "cache" / "shard-00000.parquet").unlink()
