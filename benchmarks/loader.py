@@ -4,7 +4,7 @@ python benchmarks/loader.py [--slices 2000] [--size 256] [--rounds 5]
 
 plain:      one HU channel of each slice gathered into a batch, one thread, against ImageBlock with 2 workers, no augmentation.
 augmented:  affine, noise, three jittered windows, normalized, against ImageBlock with aug_transforms and Normalize, on the CPU.
-The slices are copies of the tiny phantom's. The page cache is warm.
+The slices are copies of the tiny phantom's, each at its own place in the cache. The page cache is warm.
 """
 
 import argparse
@@ -20,19 +20,29 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ich_fastai.cohort import tiny_cohort
+from ingest import copy_slices
+
 from ich_fastai.data import Augment, SliceBatches, named_windows
 from ich_fastai.dicom import window
-from ich_fastai.ingest import open_cache
+from ich_fastai.ingest import SHARD_ROWS, ingest, open_cache
+from ich_fastai.labels import LABELS, find_dataset
+from ich_fastai.phantom import tiny_phantom
 
 warnings.filterwarnings("ignore")
 
 
-def write_pngs(cohort, folder, size):
-    "Each slice of the cohort once as an 8-bit RGB PNG of three windows, what fastai users store."
-    cache = open_cache(tiny_cohort() / "cache")
-    for row in cohort.drop_duplicates("address").itertuples():
-        hu = cv2.resize(cache.gather(np.array(row.address)), (size, size), interpolation=cv2.INTER_AREA)
+def make_cohort(scratch, n, size):
+    "A cache of `n` slices and what the loaders need of a cohort; the labels do not matter."
+    slices = ingest(copy_slices(find_dataset(tiny_phantom()).dicom_dir, scratch / "dicom", n), scratch / "cache", size=size)
+    address = slices["shard"].astype("int64") * SHARD_ROWS + slices["row"].astype("int64")
+    return pd.DataFrame({"SOPInstanceUID": slices["SOPInstanceUID"], "address": address}).assign(**dict.fromkeys(LABELS, 0))
+
+
+def write_pngs(cohort, cache_dir, folder):
+    "Each slice as an 8-bit RGB PNG of three windows, what fastai users store."
+    cache = open_cache(cache_dir)
+    for row in cohort.itertuples():
+        hu = cache.gather(np.array(row.address))
         rgb = np.stack([window(hu, name) for name in ("brain", "subdural", "stroke")], -1)
         cv2.imwrite(str(folder / f"{row.SOPInstanceUID}.png"), (rgb * 255).astype(np.uint8))
 
@@ -46,18 +56,17 @@ def fastai_loader(cohort, folder, *, augment):
     from fastai.vision.data import ImageBlock, Normalize
 
     transforms = [*aug_transforms(), Normalize.from_stats(*imagenet_stats)] if augment else []
-    labels = list(cohort.filter(["epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any"]))
     block = DataBlock(
-        blocks=(ImageBlock, MultiCategoryBlock(encoded=True, vocab=labels)), get_x=lambda r: folder / f"{r['SOPInstanceUID']}.png", get_y=lambda r: r[labels].to_list(),
+        blocks=(ImageBlock, MultiCategoryBlock(encoded=True, vocab=list(LABELS))), get_x=lambda r: folder / f"{r['SOPInstanceUID']}.png", get_y=lambda r: r[list(LABELS)].to_list(),
         splitter=IndexSplitter([0]), batch_tfms=transforms,
     )
     return block.dataloaders(cohort, bs=64, num_workers=2, device=torch.device("cpu")).train
 
 
-def cache_loader(cohort, size, *, augment):
+def cache_loader(cohort, cache_dir, size, *, augment):
     "This project's batches of the same slices."
     return SliceBatches(
-        cohort, tiny_cohort() / "cache", image_size=size, windows=named_windows(["brain", "subdural", "stroke"]), neighbors=0, batch_size=64, train=True,
+        cohort, cache_dir, image_size=size, windows=named_windows(["brain", "subdural", "stroke"]), neighbors=0, batch_size=64, train=True,
         augment=Augment() if augment else None,
     )
 
@@ -89,13 +98,14 @@ def main():
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    cohort = pd.read_parquet(tiny_cohort() / "cohort.parquet")
-    cohort = pd.concat([cohort] * -(-args.slices // len(cohort)), ignore_index=True).head(args.slices)
-    print(f"{len(cohort):,} slices at {args.size} px, {os.cpu_count()} cores, torch {torch.__version__}, {args.rounds} rounds")
-    with tempfile.TemporaryDirectory() as folder:
-        write_pngs(cohort, Path(folder), args.size)
-        plain, augmented = (cache_loader(cohort, args.size, augment=a) for a in (False, True))
-        png, png_augmented = (fastai_loader(cohort, Path(folder), augment=a) for a in (False, True))
+    print(f"{args.slices:,} slices at {args.size} px, {os.cpu_count()} cores, torch {torch.__version__}, {args.rounds} rounds")
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        cohort = make_cohort(scratch, args.slices, args.size)
+        (scratch / "png").mkdir()
+        write_pngs(cohort, scratch / "cache", scratch / "png")
+        plain, augmented = (cache_loader(cohort, scratch / "cache", args.size, augment=a) for a in (False, True))
+        png, png_augmented = (fastai_loader(cohort, scratch / "png", augment=a) for a in (False, True))
         torch.set_num_threads(1)
         one = [rate(gather_all(plain)) for _ in range(args.rounds + 1)][1:]
         print(f"{'HU batches gathered, one core':<42} {statistics.median(one):9,.0f} slices/s (wanted: 20,000)", flush=True)

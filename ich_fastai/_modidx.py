@@ -36,6 +36,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ich_fastai.data.plot_batch': ('data.html#plot_batch', 'ich_fastai/data.py'),
                                  'ich_fastai.data.resize_hu': ('data.html#resize_hu', 'ich_fastai/data.py'),
                                  'ich_fastai.data.slice_loaders': ('data.html#slice_loaders', 'ich_fastai/data.py'),
+                                 'ich_fastai.data.source_points': ('data.html#source_points', 'ich_fastai/data.py'),
                                  'ich_fastai.data.to_input': ('data.html#to_input', 'ich_fastai/data.py'),
                                  'ich_fastai.data.training_rows': ('data.html#training_rows', 'ich_fastai/data.py')},
             'ich_fastai.dicom': { 'ich_fastai.dicom.DicomError': ('dicom.html#dicomerror', 'ich_fastai/dicom.py'),
