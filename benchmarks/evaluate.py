@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
-from ich_fastai.evaluate import find_interval, log_losses, metrics_table, patient_sums, rank_metrics, resample_patients
 from ich_fastai.labels import LABELS, class_balance, read_combinations
+from ich_fastai.metrics import find_interval, log_losses, metrics_table, patient_sums, rank_metrics, resample_patients
 
 SECTIONS = ("speed", "memory", "whole", "study", "coverage")
 SLICES_PER_PATIENT = 674_258 / 17_079

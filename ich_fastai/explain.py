@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ich_fastai.evaluate import (
-    data_note, mean_metrics, metric_rows, rank_metrics, resample_patients, save_captioned, score_levels, weighted_ratio,
-)
+from .evaluate import data_note, save_captioned, score_levels, weighted_ratio
 from .labels import LABELS, SUBTYPES, InputError, save_table, stage_file
+from .metrics import mean_metrics, metric_rows, rank_metrics, resample_patients
 
 # %% ../nbs/07b_explain.ipynb #07-008
 def slice_groups(

@@ -18,13 +18,11 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from ich_fastai.evaluate import (
-    COMPETITION_WEIGHTS, KIND_COLORS, calibration_slope, correct_logits, data_note, format_interval, log_losses, mean_metrics, metric_rows,
-    patient_sums, rank_metrics, resample_patients, save_captioned, say_difference,
-)
+from .evaluate import KIND_COLORS, correct_logits, data_note, format_interval, save_captioned, say_difference
 from ich_fastai.labels import (
     LABEL_COLORS, LABELS, SUBTYPES, InputError, class_balance, class_weights, cooccurrence, project_dir, read_combinations, save_table, stage_file,
 )
+from .metrics import COMPETITION_WEIGHTS, calibration_slope, log_losses, mean_metrics, metric_rows, patient_sums, rank_metrics, resample_patients
 
 # %% ../nbs/09_paper.ipynb #09-008
 def read_paper(

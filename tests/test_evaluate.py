@@ -13,28 +13,10 @@ from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
 from ich_fastai.cohort import tiny_cohort
-from ich_fastai.evaluate import (
-    METRICS,
-    conformal_bound,
-    correct_for_sampling,
-    correct_logits,
-    cross_fit,
-    evaluate,
-    fit_logistic,
-    headline_table,
-    label_metrics,
-    mean_metrics,
-    metrics_table,
-    rank_metrics,
-    resample_patients,
-    say_difference,
-    score_levels,
-    split_patients,
-    weighted_log_loss,
-    weighted_ratio,
-)
+from ich_fastai.evaluate import conformal_bound, correct_for_sampling, correct_logits, cross_fit, evaluate, headline_table, say_difference, score_levels, split_patients, weighted_ratio
 from ich_fastai.explain import explain, make_submission, save_submission
 from ich_fastai.labels import LABELS, InputError, read_labels
+from ich_fastai.metrics import METRICS, fit_logistic, label_metrics, mean_metrics, metrics_table, rank_metrics, resample_patients, weighted_log_loss
 from ich_fastai.phantom import tiny_phantom
 
 

@@ -8,8 +8,9 @@ import pytest
 from scipy.special import expit, logit
 from sklearn import metrics as sk
 
-from ich_fastai.evaluate import correct_for_sampling, level_metrics, resample_patients, score_levels, weighted_log_loss
+from ich_fastai.evaluate import correct_for_sampling, level_metrics, score_levels
 from ich_fastai.labels import LABELS, InputError, read_combinations
+from ich_fastai.metrics import resample_patients, weighted_log_loss
 from ich_fastai.paper import compare_paper, derivation, make_paper, read_arms, read_paper, run_study, save_study, table_2
 
 LOGITS = [f"logit_{label}" for label in LABELS]

@@ -16,9 +16,9 @@ import pandas as pd
 import pydicom
 import pytest
 
+from ich_fastai.head import Bleed, draw_head, draw_plane
 from ich_fastai.labels import LABELS, SUBTYPES, InputError, read_labels
-from ich_fastai.phantom import COMPRESSIONS, FILE_TRAPS, MIN_AREA_MM2, TRAPS, Bleed, Scan, draw_head, draw_plane, draw_scan, draw_slice
-from ich_fastai.phantom import make_phantom, read_mask, tiny_phantom
+from ich_fastai.phantom import COMPRESSIONS, FILE_TRAPS, MIN_AREA_MM2, TRAPS, Scan, draw_scan, draw_slice, make_phantom, read_mask, tiny_phantom
 
 COMMAND = Path(sys.executable).parent / "ich-phantom"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

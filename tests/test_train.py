@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from ich_fastai import train
 from ich_fastai.cohort import tiny_cohort
 from ich_fastai.data import SliceBatches, slice_loaders, training_rows
-from ich_fastai.evaluate import weighted_log_loss
 from ich_fastai.labels import LABELS, InputError
+from ich_fastai.metrics import weighted_log_loss
 from ich_fastai.train import build_model, can_reach_hub, fit, loss_weights, make_loss, positive_weights, score_logits
 
 LOGITS = [f"logit_{label}" for label in LABELS]
