@@ -280,6 +280,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ich_fastai.phantom._add_scanner': ('phantom.html#_add_scanner', 'ich_fastai/phantom.py'),
                                     'ich_fastai.phantom._compress': ('phantom.html#_compress', 'ich_fastai/phantom.py'),
                                     'ich_fastai.phantom._dataset': ('phantom.html#_dataset', 'ich_fastai/phantom.py'),
+                                    'ich_fastai.phantom._describe_phantom': ('phantom.html#_describe_phantom', 'ich_fastai/phantom.py'),
                                     'ich_fastai.phantom._draw_types': ('phantom.html#_draw_types', 'ich_fastai/phantom.py'),
                                     'ich_fastai.phantom._end_with_parent': ('phantom.html#_end_with_parent', 'ich_fastai/phantom.py'),
                                     'ich_fastai.phantom._is_made': ('phantom.html#_is_made', 'ich_fastai/phantom.py'),

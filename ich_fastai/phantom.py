@@ -441,6 +441,23 @@ def _write_tables(folder: Path, patients, seed: int, workers: int, compress: str
     writer.close()
     return counts
 
+# %% ../nbs/02_phantom.ipynb #02-130
+def _describe_phantom(out_dir: Path, n_patients: int, seed: int, prevalence: str, slices_per_series, shortcut: bool, compress: str) -> dict:
+    "What phantom.json says of a phantom. Raises `InputError` for what cannot be made."
+    if n_patients < 1:
+        raise InputError(f"{out_dir}: a phantom needs at least one patient, not n_patients={n_patients}")
+    if prevalence not in P_STUDY:
+        raise InputError(f"{out_dir}: no prevalence {prevalence!r}; choose one of {', '.join(P_STUDY)}")
+    if compress and compress not in COMPRESSIONS:
+        raise InputError(f"{out_dir}: no compression {compress!r}; choose one of {', '.join(COMPRESSIONS)}")
+    if seed < 0:
+        raise InputError(f"{out_dir}: seed={seed} must be 0 or more")
+    low, high = slices_per_series or SLICES[prevalence]
+    if not 5 <= low <= high:
+        raise InputError(f"{out_dir}: slices_per_series={low},{high} must be two numbers of 5 or more, the smaller first")
+    about = dict(synthetic=True, version=VERSION, seed=seed, n_patients=n_patients, prevalence=prevalence)
+    return about | dict(slices_per_series=[low, high], shortcut=shortcut, compress=compress)
+
 # %% ../nbs/02_phantom.ipynb #02-078
 def make_phantom(
     out_dir: str | Path,  # the dataset's folder; made, and left alone where the same phantom is there already
@@ -455,22 +472,12 @@ def make_phantom(
 ) -> Path:  # `out_dir`
     "Make a synthetic dataset in the RSNA layout. The same arguments give the same bytes. Raises `InputError` for what cannot be made."
     out_dir = Path(out_dir)
-    if n_patients < 1:
-        raise InputError(f"{out_dir}: a phantom needs at least one patient, not n_patients={n_patients}")
-    if prevalence not in P_STUDY:
-        raise InputError(f"{out_dir}: no prevalence {prevalence!r}; choose one of {', '.join(P_STUDY)}")
-    if compress and compress not in COMPRESSIONS:
-        raise InputError(f"{out_dir}: no compression {compress!r}; choose one of {', '.join(COMPRESSIONS)}")
-    if seed < 0 or (workers is not None and workers < 1):
-        raise InputError(f"{out_dir}: seed={seed} must be 0 or more, and workers={workers} 1 or more")
-    low, high = slices_per_series or SLICES[prevalence]
-    if not 5 <= low <= high:
-        raise InputError(f"{out_dir}: slices_per_series={low},{high} must be two numbers of 5 or more, the smaller first")
-    about = dict(synthetic=True, version=VERSION, seed=seed, n_patients=n_patients, prevalence=prevalence)
-    about |= dict(slices_per_series=[low, high], shortcut=shortcut, compress=compress)
+    if workers is not None and workers < 1:
+        raise InputError(f"{out_dir}: workers={workers} must be 1 or more")
+    about = _describe_phantom(out_dir, n_patients, seed, prevalence, slices_per_series, shortcut, compress)
     if _is_made(out_dir, about):
         return out_dir
-    patients = plan_patients(n_patients, seed, prevalence, (low, high), shortcut)
+    patients = plan_patients(n_patients, seed, prevalence, tuple(about["slices_per_series"]), shortcut)
     workers = workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), n_patients)
     part = out_dir.with_name(f".{out_dir.name}.part")
     try:
