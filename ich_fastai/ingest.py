@@ -367,7 +367,7 @@ def _is_death(e: Exception) -> bool:
 @contextmanager
 def _hold_interrupt():
     "Let Ctrl-C wait: a process pool that it hits while it starts hangs, and a worker that has not begun prints a traceback."
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as under nohup
         yield
         return
     asked, mask = [], signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which workers inherit

@@ -1,12 +1,19 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    "Ctrl-C as a terminal gives it: a shell that runs the tests in the background makes it ignored."
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

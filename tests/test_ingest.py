@@ -181,12 +181,16 @@ def test_a_run_stopped_by_ctrl_c_says_how_to_go_on(folder, whole, tmp_path):
     assert content(tmp_path) == content(whole)
 
 
-def test_ctrl_c_waits_until_the_pool_has_started():
+def test_ctrl_c_waits_until_the_pool_has_started(monkeypatch):
     steps = []
     with pytest.raises(KeyboardInterrupt), module._hold_interrupt():
         signal.raise_signal(signal.SIGINT)
         steps.append("the block ends")
     assert steps == ["the block ends"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    monkeypatch.setattr(signal, "signal", None)  # not called where Ctrl-C is ignored
+    with module._hold_interrupt():
+        pass
 
 
 def test_files_added_later_are_appended(folder, tmp_path):
