@@ -127,7 +127,7 @@ def measure_whole(options):
 
 def measure_study(options):
     "Four arms, two of them corrected, as notebook 09 compares them."
-    from ich_fastai.paper import describe_study, difference_table, run_study, table_2
+    from ich_fastai.imbalance import describe_study, difference_table, run_study, table_2
 
     y, p, patient = draw_slices(options.slices)
     rng, arms = np.random.default_rng(1), {}

@@ -22,8 +22,6 @@ from .labels import LABEL_COLORS, LABELS, SUBTYPES, save_figure, save_table, sta
 from ich_fastai.metrics import (
     SAME, adaptive_bins, find_interval, fit_logistic, metric_rows, metrics_table, patient_sums, rank_metrics, resample_patients,
 )
-
-# %% ../nbs/07_evaluate.ipynb #07-130
 from .metrics import weighted_log_loss  # noqa: F401  a public name of this stage, like metrics_table
 
 _all_ = ["metrics_table", "weighted_log_loss"]

@@ -32,7 +32,7 @@ from .labels import InputError, find_dataset, project_dir, write_file
 # %% ../nbs/10_reproduce.ipynb #10-006
 NOTEBOOKS = (
     "00_labels", "01_dicom", "01b_head", "02_phantom", "03_ingest", "04_cohort", "05_data", "06_train", "06b_metrics", "07_evaluate", "07b_explain",
-    "08_predict", "09_paper",
+    "08_predict", "08b_imbalance", "09_paper",
 )
 
 # %% ../nbs/10_reproduce.ipynb #10-007
@@ -358,7 +358,7 @@ def write_report(
         f"<h2>Results on held-out patients</h2>{show('07_evaluate', 'headline.csv', 'index-*')}"
         f"<h2>What the paper says, what we get</h2>{show('09_paper', 'paper.csv')}"
         f"<h2>Table 1: how often each kind of bleeding occurs</h2>{show('09_paper', 'table_1.csv', 'table_1.svg')}"
-        f"<h2>Table 2: the paper's two remedies for imbalance</h2>{show('09_paper', 'imbalance_words.csv', 'imbalance.csv', 'imbalance.svg')}"
+        f"<h2>Table 2: the paper's two remedies for imbalance</h2>{show('08b_imbalance', 'imbalance_words.csv', 'imbalance.csv', 'imbalance.svg')}"
         f"<h2>The flow of slices</h2>{show('04_cohort', 'flow.csv')}{show('09_paper', 'derivation.csv')}"
         f'<h2>The notebooks, as they ran</h2><div class="scroll"><table>{"".join(rows)}</table></div>'
         f"<h2>Where the numbers come from</h2>{_provenance(manifest)}"

@@ -9,9 +9,10 @@ from scipy.special import expit, logit
 from sklearn import metrics as sk
 
 from ich_fastai.evaluate import correct_for_sampling, level_metrics, score_levels
+from ich_fastai.imbalance import read_arms, run_study, save_study, table_2
 from ich_fastai.labels import LABELS, InputError, read_combinations
 from ich_fastai.metrics import resample_patients, weighted_log_loss
-from ich_fastai.paper import compare_paper, derivation, make_paper, read_arms, read_paper, run_study, save_study, table_2
+from ich_fastai.paper import compare_paper, derivation, make_paper, read_paper
 
 LOGITS = [f"logit_{label}" for label in LABELS]
 ARMS = ("undersample+inverse", "none+inverse", "none+none", "undersample+none")
@@ -110,7 +111,8 @@ def test_the_main_arm_is_measured_as_notebook_07_measures_it(tmp_path):
 )
 def test_what_cannot_be_computed_says_why(tmp_path, arms, options, says):
     write_run(tmp_path, arms, **options)
-    verdicts = make_paper(tmp_path, n_boot=30)
+    save_study(tmp_path, n_boot=30)
+    verdicts = make_paper(tmp_path)
     assert verdicts["verdict"].str.len().gt(0).all()
     tables = {p.stem: pd.read_csv(p, keep_default_na=False) for p in (tmp_path / "tables").glob("*.csv")}
     for name in ("table_2", "imbalance_differences"):
@@ -136,7 +138,7 @@ def test_an_arm_of_another_cohort_is_refused(tmp_path):
     ids, p = write_run(tmp_path, arms=ARMS[:1])
     write_arm(tmp_path / "arms" / "none+none", "none+none", ids.iloc[1:], logit(p[1:]), 1.0)
     with pytest.raises(InputError, match=r"none\+none: its predictions are of other slices"):
-        make_paper(tmp_path)
+        save_study(tmp_path)
 
 
 def test_the_flow_to_194_082_is_recounted_only_where_every_positive_slice_is_there(tmp_path):
