@@ -373,8 +373,8 @@ def select_notebooks(
 ) -> tuple[str, ...]:
     "The notebooks from `first` to `last`. Raises `InputError` for one that does not exist."
     def index(name, default):
-        found = [i for i, notebook in enumerate(NOTEBOOKS) if name and notebook.startswith(name)]
-        if name and len(found) != 1:
+        found = [i for i, notebook in enumerate(NOTEBOOKS) if name in (notebook, notebook.partition("_")[0])]
+        if name and not found:
             raise InputError(f"{name}: no such notebook; there are {', '.join(NOTEBOOKS)}")
         return found[0] if found else default
 
