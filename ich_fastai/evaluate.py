@@ -352,8 +352,7 @@ def plot_auc(
     names = [f"{label}\n{100 * prevalence[label]:.1f}% of slices" for label in LABELS]
     ax.axvline(0.5, color="black", lw=0.8, ls=":")
     ax.set_yticks(range(6), names, fontsize=8)
-    ax.invert_yaxis()
-    ax.set(xlim=(min(0.45, rows["low"].min() - 0.02), 1.01), title=f"Held-out patients{note and ', ' + note}")
+    ax.set(ylim=(5.5, -0.5), xlim=(min(0.45, rows[["low", "value"]].min(axis=None) - 0.02), 1.01), title=f"Held-out patients{note and ', ' + note}")
     ax.set_xlabel("AUC with 95% interval by patient (filled: slice, open: study)")
     return fig
 
