@@ -390,11 +390,11 @@ def _run_round(pool: Executor, todo: dict, write, report, here, ahead: int) -> i
                 while waiting and (here is None or len(pending) < ahead):
                     number = waiting.pop(0)
                     pending[pool.submit(write, todo[number], number=number)] = number
-            mine = waiting[-1:]
-            for number in mine:
-                here(todo[number], waiting.pop())
-                del todo[number]
-            for future in wait(pending, 0 if mine else None, return_when=FIRST_COMPLETED).done:
+            mine = waiting.pop() if waiting else None
+            if mine is not None:
+                here(todo[mine], mine)
+                del todo[mine]
+            for future in wait(pending, None if mine is None else 0, return_when=FIRST_COMPLETED).done:
                 number = pending.pop(future)
                 report(future.result())
                 del todo[number]
