@@ -224,7 +224,7 @@ blockquote { margin: .5rem 0 1rem; padding: 0; color: var(--soft); font-size: 1.
 .scroll, .jp-RenderedHTMLCommon, .jp-OutputArea-output, .output_html, .rendered_html { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .8rem 0 }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
-th { font-weight: 600 } td:first-child, th:first-child, .text td, .text th { text-align: left }
+th { font-weight: 600 } td:first-child, th:first-child, .text td, .text th, .text_cell td, .text_cell th { text-align: left }
 pre, code { font: 13px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace } .highlight pre { background: var(--tint); padding: .7rem .9rem; overflow-x: auto; border-radius: 4px }
 .output_area pre, .jp-OutputArea-output pre, .jp-RenderedText pre { overflow-x: auto; margin: .3rem 0 } img, svg { max-width: 100%; height: auto }
 .jp-InputPrompt, .jp-OutputPrompt, .prompt, .anchor-link { display: none }
