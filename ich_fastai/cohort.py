@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .ingest import SHARD_ROWS, ingest
+from .cache import SHARD_ROWS
+from .ingest import ingest
 from ich_fastai.labels import (
     LABELS, InputError, find_dataset, project_dir, read_labels, save_figure, save_table, stage_file, tabulate_labels, undersample,
 )

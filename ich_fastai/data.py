@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from .cohort import NEIGHBORS
 from .dicom import WINDOWS
-from .ingest import open_cache
+from .cache import open_cache
 from .labels import LABELS, SUBTYPES, InputError
 
 # %% ../nbs/05_data.ipynb #05-008

@@ -163,7 +163,7 @@ def plot_mistakes(
     import matplotlib.pyplot as plt
 
     from ich_fastai.dicom import window
-    from ich_fastai.ingest import open_cache
+    from ich_fastai.cache import open_cache
 
     hu = open_cache(cache_dir).gather(cohort.loc[mistakes["SOPInstanceUID"], "address"].to_numpy())
     fig, axes = plt.subplots(2, 4, figsize=(8, 4.6))
@@ -270,7 +270,7 @@ def play_pointing_game(
     seed: int = 42,  # of the choice of slices
 ) -> pd.DataFrame:  # label, SOPInstanceUID, PatientID, cam, center (did each hit?)
     "Grad-CAM's hits on held-out slices that bleed, and those of the brain's center."
-    from ich_fastai.ingest import open_cache
+    from ich_fastai.cache import open_cache
     from ich_fastai.phantom import read_mask
 
     run_dir = Path(run_dir)
@@ -321,7 +321,7 @@ def plot_grad_cam(
     import matplotlib.pyplot as plt
 
     from ich_fastai.dicom import window
-    from ich_fastai.ingest import open_cache
+    from ich_fastai.cache import open_cache
     from ich_fastai.phantom import is_phantom, read_mask
 
     network, x = load_inputs(run_dir, rows)

@@ -20,7 +20,7 @@ from fastcore.script import call_parse
 from .cohort import find_neighbors
 from .data import input_addresses, resize_hu, to_input
 from .evaluate import calibrate, to_logits
-from .ingest import SHARD_ROWS, Decoder, read_row
+from .cache import SHARD_ROWS, Decoder, read_row
 from .labels import LABEL_COLORS, LABELS, InputError, save_table
 from .train import build_model
 

@@ -17,8 +17,10 @@ import pytest
 from dicom_files import HEAD, make_dataset, make_file, plain_variants, to_bytes
 from test_dicom import flip_bytes, gdcm_encode
 
+from ich_fastai import cache as cache_module
 from ich_fastai import ingest as module
-from ich_fastai.ingest import SHARD_ROWS, Decoder, count_errors, find_changed, ingest, list_files, open_cache, read_row
+from ich_fastai.cache import SHARD_ROWS, Decoder, open_cache, printable, read_row, shard_paths, write_shard
+from ich_fastai.ingest import count_errors, find_changed, ingest, list_files
 from ich_fastai.labels import InputError
 
 N_FILES, SIZE = 4 * SHARD_ROWS + 100, 32
@@ -118,7 +120,7 @@ def die_once(marker, files, number, **options):
     try:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return module.write_shard(files, number=number, **options)
+        return write_shard(files, number=number, **options)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -135,7 +137,7 @@ def test_workers_that_die_are_survived(folder, whole, tmp_path):
     module.run_shards(todo, write, partial(ProcessPoolExecutor, 2), done.append)
     assert (tmp_path / "died").exists() and not todo and sum(map(len, done)) == N_FILES
     for n in range(5):
-        for path in module.shard_paths(tmp_path, n):
+        for path in shard_paths(tmp_path, n):
             assert path.read_bytes() == (whole / "cache" / path.name).read_bytes()
 
 
@@ -301,7 +303,7 @@ def test_a_full_disk_says_so_and_leaves_no_half_shard(folder, whole, tmp_path, w
 def test_no_space_left_names_the_file(tmp_path, monkeypatch):
     (tmp_path / "dicom").mkdir()
     (tmp_path / "dicom" / "a.dcm").write_bytes(make_file())
-    monkeypatch.setattr(module, "_write_pixels", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    monkeypatch.setattr(cache_module, "_write_pixels", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     with pytest.raises(InputError, match=r"shard-00000\.npy: cannot be written \(No space left on device\)"):
         ingest(tmp_path / "dicom", tmp_path / "cache", SIZE)
 
@@ -321,15 +323,16 @@ def test_too_many_errors_stop_the_run_with_a_list(tmp_path):
 def test_dry_run_writes_nothing(folder, tmp_path):
     process = run_command(folder, tmp_path / "run", "--dry-run")
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and f"{N_FILES:,} files, {N_FILES:,} of them to read" in out and "5 shards" in out
+    megabytes = sum(p.stat().st_size for p in folder.iterdir()) / 1e6
+    assert process.returncode == 0 and f"{N_FILES:,} files, {N_FILES:,} of them to read ({megabytes:,.0f} MB)" in out and "5 shards" in out
     assert not (tmp_path / "run").exists()
 
 
-def test_help_is_quick(command):
-    start = time.perf_counter()
+def test_the_command_waits_for_no_heavy_import(command):
     done = command("ich-ingest", "--help")
     assert done.returncode == 0 and "scheduler" in done.stdout
-    assert time.perf_counter() - start < 4, "2 s on a quiet machine"
+    code = "import ich_fastai.ingest, sys; assert not {'torch', 'fastai', 'pydicom', 'distributed', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def bad_files():
@@ -419,15 +422,14 @@ def test_forty_kinds_of_bad_input(tmp_path):
         (folder / f"{name}.dcm").write_bytes(data)
     (folder / "twice.dcm").write_bytes(make_file(SOPInstanceUID=f"ID_n{len(names) - 1}"))
     assert len(bad) + len(others) >= 40
-    start = time.perf_counter()
     slices = ingest(folder, tmp_path / "cache", SIZE, max_error_share=1).set_index("file")["error"]
-    assert time.perf_counter() - start < 30 and psutil.Process().memory_info().rss < 2 << 30
+    assert psutil.Process().memory_info().rss < 2 << 30
     assert len(slices) == len(list(folder.iterdir()))
     for name, reason in {**{n: r for n, (_, r) in bad.items()}, **others}.items():
         assert pd.notna(slices[f"{name}.dcm"]), name
         assert reason is None or slices[f"{name}.dcm"].startswith(reason), (name, slices[f"{name}.dcm"])
     assert slices["twice.dcm"] == r"duplicate: same SOPInstanceUID as not utf-8 \xff.dcm"
-    assert slices[[f"{module.printable(n)}.dcm" for n in names]].isna().all(), slices[slices.index.str.startswith("good")].dropna()
+    assert slices[[f"{printable(n)}.dcm" for n in names]].isna().all(), slices[slices.index.str.startswith("good")].dropna()
 
 
 @pytest.mark.parametrize("syntax", ["JPEGLosslessProcess14_1", "JPEG2000Lossless"])
@@ -451,16 +453,5 @@ def test_a_decoder_that_crashes_or_hangs_is_a_reason(tmp_path, monkeypatch):
         assert read_row(path, SIZE, decoder)[1]["error"] == "cannot be decoded: the decoder crashed"
         assert read_row(path, SIZE, decoder)[1]["error"] is None, "a new one is started"
         os.kill(decoder.process.pid, signal.SIGSTOP)
-        monkeypatch.setattr(module, "DECODE_SECONDS", 0.2)
+        monkeypatch.setattr(cache_module, "DECODE_SECONDS", 0.2)
         assert "took more than" in read_row(path, SIZE, decoder)[1]["error"]
-
-
-def test_listing_many_entries_is_quick(tmp_path):
-    folder = tmp_path / "many"
-    folder.mkdir()
-    n = 20_000  # 700,000 in benchmarks/ingest.py
-    for i in range(n):
-        os.close(os.open(folder / f"ID_{i:09x}.dcm", os.O_CREAT))
-    start = time.perf_counter()
-    assert len(list_files(folder)) == n
-    assert time.perf_counter() - start < 20 * n / 700_000 + 1
