@@ -39,7 +39,8 @@ from ich_fastai.ingest import ingest
 from ich_fastai.labels import LABELS, find_dataset, read_labels, tabulate_labels
 from ich_fastai.metrics import metrics_table
 from ich_fastai.phantom import make_phantom, tiny_phantom
-from ich_fastai.train import FollowEpochs, Journal, StopOnNonFinite, build_model, fit, loss_weights, make_learner, make_loss, split_decay
+from ich_fastai.model import build_model, loss_weights, make_loss
+from ich_fastai.train import FollowEpochs, Journal, StopOnNonFinite, fit, make_learner, split_decay
 
 warnings.filterwarnings("ignore")
 

@@ -235,7 +235,7 @@ def load_inputs(
     from safetensors.torch import load_file
 
     from ich_fastai.data import SliceBatches
-    from ich_fastai.train import build_model
+    from ich_fastai.model import build_model
 
     config = json.loads(stage_file(run_dir, "model/model.json").read_text())
     network = build_model(config["arch"], config["n_in"])

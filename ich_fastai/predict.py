@@ -22,7 +22,7 @@ from .data import input_addresses, resize_hu, to_input
 from .evaluate import calibrate, to_logits
 from .cache import SHARD_ROWS, Decoder, read_row
 from .labels import LABEL_COLORS, LABELS, InputError, save_table
-from .train import build_model
+from .model import build_model
 
 # %% ../nbs/08_predict.ipynb #08-008
 class Model(NamedTuple):

@@ -31,8 +31,8 @@ from .labels import InputError, find_dataset, project_dir, write_file
 
 # %% ../nbs/10_reproduce.ipynb #10-006
 NOTEBOOKS = (
-    "00_labels", "01_dicom", "01b_head", "02_phantom", "02b_cache", "03_ingest", "04_cohort", "05_data", "06_train", "06b_metrics",
-    "07_evaluate", "07b_explain", "08_predict", "08b_imbalance", "09_paper",
+    "00_labels", "01_dicom", "01b_head", "02_phantom", "02b_cache", "03_ingest", "04_cohort", "05_data", "05b_model", "06_train",
+    "06b_metrics", "07_evaluate", "07b_explain", "08_predict", "08b_imbalance", "09_paper",
 )
 
 # %% ../nbs/10_reproduce.ipynb #10-007

@@ -285,7 +285,7 @@ def write_predictions(run_dir, rows, folds):
     import torch
     from safetensors.torch import save_file
 
-    from ich_fastai.train import build_model
+    from ich_fastai.model import build_model
 
     torch.manual_seed(0)
     rng = np.random.default_rng(0)

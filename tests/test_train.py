@@ -20,7 +20,8 @@ from ich_fastai.cohort import tiny_cohort
 from ich_fastai.data import SliceBatches, slice_loaders, training_rows
 from ich_fastai.labels import LABELS, InputError
 from ich_fastai.metrics import weighted_log_loss
-from ich_fastai.train import build_model, can_reach_hub, fit, loss_weights, make_loss, positive_weights, score_logits
+from ich_fastai.model import build_model, can_reach_hub, loss_weights, make_loss, positive_weights
+from ich_fastai.train import fit, score_logits
 
 LOGITS = [f"logit_{label}" for label in LABELS]
 QUICK = dict(arch="resnet10t", image_size=32, windows=["brain"], neighbors=0, batch_size=8, epochs=1, epoch_size=24)
@@ -247,7 +248,7 @@ def test_out_of_memory_names_batch_and_image_size(cohort, tmp_path, monkeypatch)
 def test_pretrained_weights_that_cannot_be_had_are_one_message(monkeypatch):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(train, "can_reach_hub", lambda: False)
+    monkeypatch.setattr("ich_fastai.model.can_reach_hub", lambda: False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="weights=FILE, or pretrained=False") as error:
         build_model("resnet26t", 3, pretrained=True)
