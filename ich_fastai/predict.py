@@ -20,7 +20,7 @@ from fastcore.script import call_parse
 from .cohort import find_neighbors
 from .data import input_addresses, resize_hu, to_input
 from .evaluate import calibrate, to_logits
-from .cache import SHARD_ROWS, Decoder, read_row
+from .cache import SHARD_ROWS, Decoder, printable, read_row
 from .labels import LABEL_COLORS, LABELS, InputError, save_table
 from .model import build_model
 
@@ -37,17 +37,23 @@ def load_model(
     device: str | None = None,  # "cuda", "cpu"; CUDA where there is one by default
 ) -> Model:
     "The model of a run. Raises `InputError` where the folder holds none."
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder, device = Path(folder), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = Path(folder)
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # the latter from a torch without CUDA
+        raise InputError(f"device={device}: not to be had here: {str(e).splitlines()[0][:120]}") from e
     try:
         config = json.loads((folder / "model.json").read_text())
         network = build_model(config["arch"], config["n_in"])
         network.load_state_dict(load_file(folder / "weights.safetensors"))
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         raise InputError(f"{folder}: no {Path(e.filename or 'weights.safetensors').name} there; give the model/ folder of a finished run") from None
-    except (KeyError, json.JSONDecodeError, RuntimeError) as e:
-        raise InputError(f"{folder}: model.json and weights.safetensors do not fit each other or this version: {str(e).splitlines()[0]}") from e
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
+        raise InputError(f"{folder}: model.json and weights.safetensors do not fit each other or this version: {(str(e) or type(e).__name__).splitlines()[0]}") from e
     return Model(network.eval().to(device), config, device)
 
 # %% ../nbs/08_predict.ipynb #08-012
@@ -65,13 +71,20 @@ def list_study(
 def read_study(
     paths: list[Path],  # DICOM files of one or several studies
     size: int,  # px, the cache size that the model was trained on
-) -> tuple[np.ndarray, pd.DataFrame]:  # (n, size, size) int16 HU of the readable slices; a row per file, `error` null when readable
-    "The slices of the files and their table, as notebook 03 makes them."
+) -> tuple[np.ndarray, pd.DataFrame]:  # (n, size, size) int16 HU; a row per file: `index` into HU, `error` null when good, `file` from the folder that holds all
+    "The slices of the files and their table, as notebook 03 makes them; a file that repeats a SOPInstanceUID has an error."
+    paths = [os.path.abspath(path) for path in paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
     with Decoder() as decoder:
         read = [read_row(path, size, decoder) for path in paths]
     hu = [pixels for pixels, _ in read if pixels is not None]
     table = pd.DataFrame([{"error": None, "SOPInstanceUID": None} | row for _, row in read])
+    table["file"] = [printable(os.path.relpath(path, root)) for path in paths]
     table["index"] = (table["error"].isna()).cumsum() - 1
+    good = table[table["error"].isna()]
+    first = good.drop_duplicates("SOPInstanceUID").set_index("SOPInstanceUID")["file"]
+    again = good[good["SOPInstanceUID"].duplicated()]
+    table.loc[again.index, "error"] = ("duplicate: same SOPInstanceUID as " + first[again["SOPInstanceUID"]]).to_numpy()
     return np.stack(hu) if hu else np.empty((0, size, size), np.int16), table
 
 # %% ../nbs/08_predict.ipynb #08-015
@@ -96,14 +109,16 @@ def predict_logits(
 
 # %% ../nbs/08_predict.ipynb #08-017
 def apply_corrections(
-    logits: np.ndarray,  # (n, 6) as the network gives them: of slices, or the largest of each study's
+    logits: np.ndarray,  # (n, 6) of slices, as the network gives them
     corrections: dict,  # of model.json; {} before notebook 07: the network's own probabilities
-    kind: str = "calibration",  # or "study_calibration"
-) -> np.ndarray:  # (n, 6) float64 probabilities on the natural mix
-    "Calibrated probabilities of new slices or studies."
+    study: np.ndarray | None = None,  # (n,) int, number of each slice's study from 0 on
+) -> np.ndarray:  # (n, 6) float64 probabilities on the natural mix; with `study`, a row per study
+    "Calibrated probabilities of new slices, or of studies from the largest of their slices, as notebook 07 evaluates them."
     x = to_logits(logits, corrections.get("keep_rate", 1.0), corrections.get("pos_weight"))
-    fitted = corrections.get(kind) or {label: {"slope": 1.0, "intercept": 0.0} for label in LABELS}
-    slope, intercept = (np.array([fitted[label][name] for label in LABELS]) for name in ("slope", "intercept"))
+    if study is not None:
+        x = pd.DataFrame(x).groupby(study).max().to_numpy()
+    fitted = corrections.get("calibration" if study is None else "study_calibration") or {label: {"slope": 1.0, "intercept": 0.0} for label in LABELS}
+    slope, intercept = (np.array([fitted[label][name] for label in LABELS], float) for name in ("slope", "intercept"))
     return calibrate(x, slope, intercept)
 
 # %% ../nbs/08_predict.ipynb #08-019
@@ -113,10 +128,12 @@ def predict_series(
 ) -> pd.DataFrame:  # a row per file: file, ids, z_mm, six probabilities (null where unreadable), error
     "Six probabilities for each slice of one or several series, in the order of the slices. Raises `InputError` when no file can be read."
     paths = dicom if isinstance(dicom, list) else list_study(dicom)
+    if not paths:
+        raise InputError("no files: give at least one DICOM file")
     hu, table = read_study(paths, model.config["cache_size"])
     if not len(hu):
         raise InputError(f"none of the {len(table)} files is a readable CT slice, e.g. {table['file'].iloc[0]}: {table['error'].iloc[0]}")
-    good = table[table["error"].isna()].drop_duplicates("SOPInstanceUID")
+    good = table[table["error"].isna()]
     good = good.assign(shard=good["index"] // SHARD_ROWS, row=good["index"] % SHARD_ROWS)
     around = find_neighbors(good).loc[good["SOPInstanceUID"]]
     logits = predict_logits(model, hu, input_addresses(around, model.config["neighbors"]))
@@ -131,10 +148,11 @@ def summarize_studies(
     slices: pd.DataFrame,  # as `predict_series` gives it
     config: dict,  # model.json
 ) -> pd.DataFrame:  # index StudyInstanceUID; slices (readable ones) and six probabilities
-    "Six probabilities for each study, from its slices' largest logits."
-    good = slices[slices["error"].isna()].groupby("StudyInstanceUID")
-    p = apply_corrections(good[LOGITS].max().to_numpy(), config["corrections"], "study_calibration")
-    return good.size().rename("slices").to_frame().join(pd.DataFrame(p, columns=LABELS, index=good.size().index))
+    "Six probabilities for each study, from its slices' largest corrected logits."
+    good = slices[slices["error"].isna()]
+    studies = good.groupby("StudyInstanceUID")
+    p = apply_corrections(good[LOGITS].to_numpy(), config["corrections"], studies.ngroup().to_numpy())
+    return studies.size().rename("slices").to_frame().join(pd.DataFrame(p, columns=LABELS, index=studies.size().index))
 
 # %% ../nbs/08_predict.ipynb #08-025
 def plot_series(
@@ -169,4 +187,4 @@ def ich_predict(
     save_table(slices, out)
     print(summarize_studies(slices, loaded.config).round(3).to_string(line_width=80))
     errors = slices["error"].dropna()
-    print(f"\n{len(slices):,} files, {len(errors):,} unreadable; written to {out}. Not a medical device: for research and teaching only.")
+    print(f"\n{len(slices):,} files, {len(errors):,} not usable; written to {out}. Not a medical device: for research and teaching only.")

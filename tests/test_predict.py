@@ -1,0 +1,65 @@
+"What a user of a trained model gets must be what was evaluated, for every file that was given."
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from dicom_files import make_file
+from scipy.special import expit
+from test_evaluate import simulated_run, write_predictions  # noqa: F401  (a fixture)
+
+from ich_fastai.evaluate import evaluate, score_levels
+from ich_fastai.labels import LABELS, InputError
+from ich_fastai.predict import LOGITS, load_model, predict_series, summarize_studies
+
+
+@pytest.fixture(scope="module")
+def trained(simulated_run):  # noqa: F811
+    "A run folder with an evaluated model."
+    cohort = pd.read_parquet(simulated_run / "cohort.parquet")
+    write_predictions(simulated_run, cohort[cohort["fold"] < 2], (0, 1))
+    evaluate(simulated_run, None, n_boot=20)
+    return simulated_run
+
+
+def test_a_studys_probability_is_the_one_that_was_evaluated(trained):
+    config, predictions = json.loads((trained / "model" / "model.json").read_text()), pd.read_parquet(trained / "predictions.parquet")
+    study = score_levels(predictions, config, sensitivity=0.9, coverage=0.9)["study"]
+    fitted = config["corrections"]["study_calibration"]
+    slope, intercept = (np.array([fitted[label][name] for label in LABELS]) for name in ("slope", "intercept"))
+    order = predictions["StudyInstanceUID"].drop_duplicates()
+    got = summarize_studies(predictions.assign(error=None), config).loc[order, list(LABELS)]
+    assert got.to_numpy() == pytest.approx(expit(slope * study["x"] + intercept), abs=1e-9)
+    assert predictions["keep_rate"].max() < 1, "or the order of correction and maximum would not matter"
+    assert predictions[LOGITS].notna().all().all()
+
+
+def test_each_file_is_a_row_that_can_be_told_apart(trained, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "good").write_bytes(make_file(SOPInstanceUID="ID_same"))
+        (tmp_path / name / "bad").write_bytes(b"junk")
+    result = predict_series(load_model(trained / "model", "cpu"), tmp_path).set_index("file")
+    assert sorted(result.index) == ["a/bad", "a/good", "b/bad", "b/good"]
+    assert result["error"].isna().tolist() == result["any"].notna().tolist() and result["error"].isna().sum() == 1
+    assert result.loc["b/good", "error"] == "duplicate: same SOPInstanceUID as a/good"
+
+
+@pytest.mark.parametrize("harm", ["[]", "{", "weights", "file", "device"])
+def test_a_model_of_no_use_is_one_line(trained, tmp_path, harm):
+    folder = tmp_path / "model"
+    shutil.copytree(trained / "model", folder)
+    if harm in ("[]", "{"):
+        (folder / "model.json").write_text(harm)
+    elif harm == "weights":
+        (folder / "weights.safetensors").write_bytes(b"not weights")
+    with pytest.raises(InputError) as e:
+        load_model(folder / "model.json" if harm == "file" else folder, "nowhere" if harm == "device" else "cpu")
+    assert "\n" not in str(e.value)
+
+
+def test_no_files_are_an_error(trained):
+    with pytest.raises(InputError, match="no files"):
+        predict_series(load_model(trained / "model", "cpu"), [])
