@@ -25,7 +25,7 @@ setup: .venv/.done
 	@touch $@
 
 reproduce: setup
-	@$(BIN)/ich-reproduce --preset $(PRESET) $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT)) $(ARGS)
+	@$(BIN)/ich-reproduce --preset $(PRESET) $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: setup
 	@$(BIN)/ruff check .

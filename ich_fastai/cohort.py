@@ -71,12 +71,12 @@ def find_neighbors(
 # %% ../nbs/04_cohort.ipynb #04-015
 def assign_folds(
     cohort: pd.DataFrame,  # PatientID and six label columns
-    n_folds: int = 5,  # at least 2
+    n_folds: int = 5,  # 2 to 100
     seed: int = 42,  # of the shuffle
 ) -> pd.Series:  # (n,) int8 in 0 ... n_folds - 1
     "A fold per slice: the same for all slices of a patient, the label sets dealt evenly."
-    if n_folds < 2:
-        raise InputError(f"n_folds={n_folds}: at least 2 folds are needed, one to train on and one to validate")
+    if not 2 <= n_folds <= 100:
+        raise InputError(f"n_folds={n_folds}: must be 2 (one to train on, one to validate) to 100")
     patients = cohort.groupby("PatientID")[list(LABELS)].max().sort_index()
     pattern = patients.to_numpy(dtype="int64") @ (1 << np.arange(len(LABELS)))
     shuffled = np.random.default_rng(seed).permutation(len(patients))
@@ -116,7 +116,8 @@ def flow_table(
     cohort: pd.DataFrame,  # as `make_cohort` gives it
 ) -> pd.DataFrame:  # index step; slices, patients (null where unknown), positives (any=1)
     "What is left after each step, from the labels to the training sample."
-    has_file = labels[labels.index.isin(slices["SOPInstanceUID"])]
+    ids = slices["SOPInstanceUID"].fillna(slices["file"].str.rpartition(".")[0])  # an unreadable file has its name alone
+    has_file = labels[labels.index.isin(ids)]
     steps = {
         "labelled": (len(labels), None, labels["any"].sum()),
         "with a file": (len(has_file), None, has_file["any"].sum()),

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
-from .labels import LABEL_COLORS, LABELS, SUBTYPES, save_figure, save_table, stage_file, write_file
+from .labels import LABEL_COLORS, LABELS, SUBTYPES, InputError, save_figure, save_table, stage_file, write_file
 from ich_fastai.metrics import (
     SAME, adaptive_bins, find_interval, fit_logistic, metric_rows, metrics_table, patient_sums, rank_metrics, resample_patients,
 )
@@ -474,6 +474,9 @@ def evaluate(
     seed: int = 42,
 ) -> pd.DataFrame:  # metrics.csv
     "Write metrics.csv, tables, figures, and model.json's corrections and thresholds."
+    for name, share in (("wanted_sensitivity", wanted_sensitivity), ("coverage", coverage)):
+        if not 0 < share <= 1:
+            raise InputError(f"{name}={share}: must be a share above 0 and up to 1")
     run_dir, boot = Path(run_dir), {"n_boot": n_boot, "seed": seed}
     options = {"sensitivity": wanted_sensitivity, "coverage": coverage, "seed": seed}
     predictions = pd.read_parquet(stage_file(run_dir, "predictions.parquet"))

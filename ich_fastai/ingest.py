@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['list_files', 'open_plan', 'extend_plan', 'save_plan', 'find_changed', 'check_unchanged', 'run_shards', 'Monitor',
-           'mark_duplicates', 'join_tables', 'Job', 'ingest', 'count_errors', 'describe_todo', 'ich_ingest',
-           'connect_scheduler']
+           'mark_duplicates', 'join_tables', 'Job', 'check_folders', 'ingest', 'count_errors', 'describe_todo',
+           'ich_ingest', 'connect_scheduler']
 
 # %% ../nbs/03_ingest.ipynb #03-002
 import multiprocessing
@@ -320,6 +320,22 @@ def _ingest_locked(dicom_dir, cache_dir: Path, size: int, executor, workers: int
     join_tables(cache_dir, numbers, slices := cache_dir.parent / "slices.parquet")
     return pd.read_parquet(slices, use_threads=False)  # as fast on one thread, and with less memory
 
+# %% ../nbs/03_ingest.ipynb #03-110
+def check_folders(
+    dicom_dir: str | Path,
+    cache_dir: Path,
+    size: int,  # px
+) -> None:
+    "Raise `InputError`, before anything is written, where there is nothing to read or the cache cannot be where it shall."
+    if size < 1:
+        raise InputError(f"{cache_dir}: slices of {size} px cannot be; give a size of 1 or more")
+    list_files(dicom_dir)
+    if cache_dir.parent.resolve().is_relative_to(Path(dicom_dir).resolve()):
+        raise InputError(f"{cache_dir.parent}: lies in the DICOM folder; choose a run folder outside of it")
+    for path in (cache_dir, *cache_dir.parents):
+        if path.is_file():
+            raise InputError(f"{path}: is a file; choose another folder")
+
 # %% ../nbs/03_ingest.ipynb #03-052
 def ingest(
     dicom_dir: str | Path,  # the folder with the DICOM files
@@ -335,11 +351,7 @@ def ingest(
     from filelock import FileLock, Timeout
 
     cache_dir = Path(cache_dir)
-    if size < 1:
-        raise InputError(f"{cache_dir}: slices of {size} px cannot be; give a size of 1 or more")
-    list_files(dicom_dir)  # before anything is written
-    if cache_dir.parent.resolve().is_relative_to(Path(dicom_dir).resolve()):
-        raise InputError(f"{cache_dir.parent}: lies in the DICOM folder; choose a run folder outside of it")
+    check_folders(dicom_dir, cache_dir, size)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(cache_dir / ".lock", timeout=0):
@@ -372,6 +384,7 @@ def describe_todo(
     size: int,  # px
 ) -> str:
     "What `ingest` would do, in a sentence. Writes nothing; raises `InputError` where `ingest` would."
+    check_folders(dicom_dir, Path(cache_dir), size)
     job = Job(dicom_dir, Path(cache_dir), size)
     n = sum(map(len, job.todo.values()))
     paths = (os.path.join(dicom_dir, name) for names in job.todo.values() for name in names)

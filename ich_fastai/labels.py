@@ -139,7 +139,7 @@ def _scan_rows(csv: Path):
     source = csv
     if csv.suffix == ".zip":
         with zipfile.ZipFile(csv) as z:
-            source = z.read(next(n for n in z.namelist() if n.endswith(".csv")))
+            source = z.read(next(n for n in z.namelist() if n.endswith(".csv") and not n.startswith("__MACOSX")))
     frame = pl.scan_csv(source, schema_overrides={"Label": pl.Int8}, glob=False)
     missing = {"ID", "Label"} - set(frame.collect_schema().names())
     if missing:

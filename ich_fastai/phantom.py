@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_AREA_MM2', 'ENCODINGS', 'TRAPS', 'FILE_TRAPS', 'COMPRESSIONS', 'P_STUDY', 'P_TYPE', 'PRIMARY', 'SLICES', 'Scan',
-           'draw_scan', 'draw_slice', 'Patient', 'plan_patients', 'write_study', 'write_patient', 'make_phantom',
-           'is_phantom', 'read_mask', 'tiny_phantom', 'ich_phantom']
+           'draw_scan', 'draw_slice', 'Patient', 'plan_patients', 'write_study', 'write_patient', 'describe_phantom',
+           'make_phantom', 'holds_phantom', 'is_phantom', 'read_mask', 'tiny_phantom', 'ich_phantom']
 
 # %% ../nbs/02_phantom.ipynb #02-002
 import hashlib
@@ -442,7 +442,15 @@ def _write_tables(folder: Path, patients, seed: int, workers: int, compress: str
     return counts
 
 # %% ../nbs/02_phantom.ipynb #02-130
-def _describe_phantom(out_dir: Path, n_patients: int, seed: int, prevalence: str, slices_per_series, shortcut: bool, compress: str) -> dict:
+def describe_phantom(
+    out_dir: str | Path,  # for the messages
+    n_patients: int = 80,
+    seed: int = 42,
+    prevalence: str = "demo",
+    slices_per_series: tuple[int, int] | None = None,
+    shortcut: bool = False,
+    compress: str = "",
+) -> dict:  # arguments as `make_phantom` has them
     "What phantom.json says of a phantom. Raises `InputError` for what cannot be made."
     if n_patients < 1:
         raise InputError(f"{out_dir}: a phantom needs at least one patient, not n_patients={n_patients}")
@@ -452,11 +460,11 @@ def _describe_phantom(out_dir: Path, n_patients: int, seed: int, prevalence: str
         raise InputError(f"{out_dir}: no compression {compress!r}; choose one of {', '.join(COMPRESSIONS)}")
     if seed < 0:
         raise InputError(f"{out_dir}: seed={seed} must be 0 or more")
-    low, high = slices_per_series or SLICES[prevalence]
-    if not 5 <= low <= high:
-        raise InputError(f"{out_dir}: slices_per_series={low},{high} must be two numbers of 5 or more, the smaller first")
+    low_high = list(slices_per_series or SLICES[prevalence])
+    if len(low_high) != 2 or not all(isinstance(n, int) for n in low_high) or not 5 <= low_high[0] <= low_high[1]:
+        raise InputError(f"{out_dir}: slices_per_series={','.join(map(str, low_high))} must be two whole numbers of 5 or more, the smaller first")
     about = dict(synthetic=True, version=VERSION, seed=seed, n_patients=n_patients, prevalence=prevalence)
-    return about | dict(slices_per_series=[low, high], shortcut=shortcut, compress=compress)
+    return about | dict(slices_per_series=low_high, shortcut=shortcut, compress=compress)
 
 # %% ../nbs/02_phantom.ipynb #02-078
 def make_phantom(
@@ -474,12 +482,14 @@ def make_phantom(
     out_dir = Path(out_dir)
     if workers is not None and workers < 1:
         raise InputError(f"{out_dir}: workers={workers} must be 1 or more")
-    about = _describe_phantom(out_dir, n_patients, seed, prevalence, slices_per_series, shortcut, compress)
-    if _is_made(out_dir, about):
+    about = describe_phantom(out_dir, n_patients, seed, prevalence, slices_per_series, shortcut, compress)
+    if holds_phantom(out_dir, about):
         return out_dir
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise InputError(f"{out_dir}: holds something else; delete it or choose another folder")
     patients = plan_patients(n_patients, seed, prevalence, tuple(about["slices_per_series"]), shortcut)
     workers = workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), n_patients)
-    part = out_dir.with_name(f".{out_dir.name}.part")
+    part = out_dir.absolute().with_name(f".{out_dir.absolute().name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         for name in ("stage_1_train_images", "masks"):
@@ -496,14 +506,15 @@ def make_phantom(
     return out_dir
 
 # %% ../nbs/02_phantom.ipynb #02-079
-def _is_made(out_dir: Path, about: dict) -> bool:
-    "Is this very phantom there? Raises `InputError` where something else is."
-    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+def holds_phantom(
+    data_dir: str | Path,
+    about: dict,  # as `describe_phantom` gives it
+) -> bool:
+    "Is this very phantom there?"
+    if not is_phantom(data_dir):
         return False
-    made = json.loads((out_dir / "phantom.json").read_text()) if is_phantom(out_dir) else {}
-    if {k: made.get(k) for k in about} == about:
-        return True
-    raise InputError(f"{out_dir}: holds something else; delete it or choose another folder")
+    made = json.loads((Path(data_dir) / "phantom.json").read_text())
+    return {k: made.get(k) for k in about} == about
 
 # %% ../nbs/02_phantom.ipynb #02-080
 def is_phantom(

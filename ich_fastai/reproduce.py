@@ -76,7 +76,10 @@ def parse_settings(
     for name, equals, _ in pairs:
         if not (name and equals):
             raise InputError(f"--set {name}: write it as name=value")
-    return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+    try:
+        return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+    except yaml.YAMLError as e:
+        raise InputError(f"--set: not valid YAML: {str(e).splitlines()[0]}") from e
 
 # %% ../nbs/10_reproduce.ipynb #10-014
 def _coerce(name: str, value, kind: str):
@@ -99,9 +102,12 @@ def check_parameters(
 ) -> dict:  # name: value, of the declared types
     "The parameters, each of its declared type. Raises `InputError` for a name that no notebook declares."
     kinds = {name: kind for parameters in declared.values() for name, (kind, _) in parameters.items()}
-    unknown = sorted(set(params) - set(kinds))
+    unknown = sorted(map(str, set(params) - set(kinds)))
     if unknown:
         raise InputError(f"parameter {', '.join(unknown)}: no notebook declares it; there are {', '.join(sorted(kinds))}")
+    fixed = sorted({"data_dir", "labels_csv", "run_dir"} & set(params))
+    if fixed:
+        raise InputError(f"parameter {', '.join(fixed)}: the run sets it; use --data and --out")
     return {name: _coerce(name, value, kinds[name]) for name, value in params.items()}
 
 # %% ../nbs/10_reproduce.ipynb #10-018
@@ -241,7 +247,7 @@ def prepare_data(
     declared: dict,  # maker: {name: (type, default)}
 ) -> Path:  # the dataset folder
     "The dataset folder; a phantom with the preset's parameters where none is given."
-    from ich_fastai.phantom import is_phantom, make_phantom
+    from ich_fastai.phantom import describe_phantom, holds_phantom, is_phantom, make_phantom
 
     if data:
         find_dataset(data)
@@ -250,14 +256,11 @@ def prepare_data(
         raise InputError("this preset is for real data: say where it is with --data (make: DATA=...); data/README.md tells how to get it")
     own = {name: params[name] for name in declared["make_phantom"] if name in params}
     path, progress = run_dir / "data", sys.stderr.isatty()
-    try:
-        return make_phantom(path, progress=progress, **own).resolve()
-    except InputError:
-        if not is_phantom(path):
-            raise
+    about = describe_phantom(path, **own)  # raises before anything is deleted
+    if is_phantom(path) and not holds_phantom(path, about):
         for old in (path, run_dir / "cache"):  # a phantom of other parameters, made by an earlier run of this folder
             shutil.rmtree(old, ignore_errors=True)
-        return make_phantom(path, progress=progress, **own).resolve()
+    return make_phantom(path, progress=progress, **own).resolve()
 
 # %% ../nbs/10_reproduce.ipynb #10-046
 def _finished(run_dir: Path, parameters: dict) -> dict:
@@ -307,7 +310,7 @@ def reproduce(
     chosen = select_notebooks(first, last)
     run_dir = Path(out or project_dir() / "runs" / Path(preset).stem).resolve()
     with _locked(run_dir):
-        seconds = _finished(run_dir, params) if resume else _kept_seconds(run_dir, chosen)
+        seconds = _finished(run_dir, params) if resume else _kept_seconds(run_dir, chosen, params, declared)
         data_dir = prepare_data(data, run_dir, params, declared)
         inputs = describe_inputs(data_dir)
         if resume and seconds and json.loads((run_dir / "manifest.json").read_text())["inputs"] != inputs:
@@ -319,11 +322,16 @@ def reproduce(
         return write_report(run_dir)
 
 # %% ../nbs/10_reproduce.ipynb #10-049
-def _kept_seconds(run_dir: Path, chosen: tuple) -> dict:
-    "Seconds of earlier notebooks that this run does not run again."
+def _kept_seconds(run_dir: Path, chosen: tuple, params: dict, declared: dict) -> dict:
+    "Seconds of earlier notebooks that this run does not run again. Raises `InputError` where they ran with other parameters."
     path = run_dir / "manifest.json"
-    seconds = json.loads(path.read_text())["seconds"] if path.is_file() else {}
-    return {n: s for n, s in seconds.items() if n < chosen[0]}
+    manifest = json.loads(path.read_text()) if path.is_file() else {"seconds": {}, "parameters": {}}
+    kept = {n: s for n, s in manifest["seconds"].items() if n < chosen[0]}
+    for notebook in kept:
+        changed = sorted(k for k in declared.get(notebook, ()) if params.get(k) != manifest["parameters"].get(k))
+        if changed:
+            raise InputError(f"{run_dir}: {notebook} ran with other parameters ({', '.join(changed)}); start with --from {notebook} or earlier")
+    return kept
 
 # %% ../nbs/10_reproduce.ipynb #10-050
 def _start_manifest(preset: str, params: dict, data_dir: Path, inputs: dict, seconds: dict) -> dict:

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from conftest import PROJECT
 
-from ich_fastai.labels import LABELS
-from ich_fastai.reproduce import PHANTOM_PARAMETERS, prepare_data
+from ich_fastai.labels import LABELS, InputError
+from ich_fastai.reproduce import PHANTOM_PARAMETERS, declared_parameters, prepare_data
 
 NOTEBOOKS = [p.stem for p in sorted((PROJECT / "nbs").glob("0*.ipynb"))]
 LOGITS = [f"logit_{label}" for label in LABELS]
@@ -25,7 +25,8 @@ def test_the_chain_runs_and_prints_headline_and_report(tiny_run):
 
 def test_the_parameters_arrived_in_each_notebook(tiny_run):
     run_dir, _ = tiny_run
-    for name in NOTEBOOKS:
+    given = {*json.loads((run_dir / "manifest.json").read_text())["parameters"], "data_dir", "labels_csv", "run_dir"}
+    for name in (n for n in NOTEBOOKS if given & set(declared_parameters(n))):
         cells = json.loads((run_dir / "notebooks" / f"{name}.ipynb").read_text())["cells"]
         tags = [c["metadata"].get("tags", []) for c in cells]
         assert sum("parameters" in t for t in tags) == 1
@@ -101,6 +102,17 @@ def test_another_phantom_in_the_same_folder_takes_the_old_cache_with_it(tmp_path
         data = prepare_data(None, tmp_path, {"n_patients": n, "slices_per_series": [5, 5]}, declared)
         assert json.loads((data / "phantom.json").read_text())["n_patients"] == n and not (tmp_path / "cache").exists()
         (tmp_path / "cache").mkdir()
+    with pytest.raises(InputError, match="at least one patient"):
+        prepare_data(None, tmp_path, {"n_patients": 0}, declared)
+    assert (tmp_path / "data" / "phantom.json").is_file() and (tmp_path / "cache").is_dir(), "a typo deletes nothing"
+
+
+def test_from_refuses_parameters_that_would_not_be_those_of_the_kept_notebooks(tiny_run, command):
+    run_dir, _ = tiny_run
+    before = (run_dir / "manifest.json").read_bytes()
+    done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir, "--from", "09", "--set", "epochs=999")
+    assert done.returncode == 1 and "06_train ran with other parameters (epochs)" in done.stderr
+    assert (run_dir / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -110,6 +122,8 @@ def test_another_phantom_in_the_same_folder_takes_the_old_cache_with_it(tmp_path
         (["--preset", "tiny", "--set", "epoch=3"], "parameter epoch: no notebook declares it"),
         (["--preset", "tiny", "--set", "epochs=many"], "is not of type int"),
         (["--preset", "tiny", "--set", "epochs"], "write it as name=value"),
+        (["--preset", "tiny", "--set", "arms=[a"], "not valid YAML"),
+        (["--preset", "tiny", "--set", "run_dir=elsewhere"], "parameter run_dir: the run sets it; use --data and --out"),
         (["--preset", "tiny", "--from", "17"], "no such notebook"),
         (["--preset", "tiny", "--from", "05", "--until", "02"], "comes after"),
         (["--preset", "paper"], "--data"),

@@ -343,3 +343,9 @@ def test_evaluate_imports_no_torch():
     import sys
 
     subprocess.run([sys.executable, "-c", "import ich_fastai.evaluate, sys; assert 'torch' not in sys.modules and 'fastai' not in sys.modules"], check=True)
+
+
+@pytest.mark.parametrize("wrong", [{"wanted_sensitivity": 1.2}, {"coverage": 90}])
+def test_a_share_that_is_none_is_one_line(simulated_run, wrong):
+    with pytest.raises(InputError, match="must be a share above 0 and up to 1"):
+        evaluate(simulated_run, None, n_boot=20, **wrong)

@@ -326,6 +326,11 @@ def test_dry_run_writes_nothing(folder, tmp_path):
     megabytes = sum(p.stat().st_size for p in folder.iterdir()) / 1e6
     assert process.returncode == 0 and f"{N_FILES:,} files, {N_FILES:,} of them to read ({megabytes:,.0f} MB)" in out and "5 shards" in out
     assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    for out, size in ((tmp_path / "file", SIZE), (folder / "run", SIZE), (tmp_path / "run", 0)):
+        process = run_command(folder, out, "--dry-run", "--size", str(size))
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 1 and len(error.splitlines()) == 1, "refused as the run itself would be"
 
 
 def test_the_command_waits_for_no_heavy_import(command):
