@@ -38,6 +38,8 @@ def test_cohort_and_predictions_keep_their_contracts(tiny_run):
     slices, cohort, predictions = (pd.read_parquet(run_dir / f"{name}.parquet") for name in ("slices", "cohort", "predictions"))
     assert cohort["SOPInstanceUID"].is_unique and predictions["SOPInstanceUID"].is_unique
     assert slices["error"].notna().any(), "the phantom's truncated file is a row with its error"
+    flow = pd.read_csv(run_dir / "tables" / "flow.csv", index_col="step")["slices"]
+    assert flow["with a file"] - flow["readable, not excluded"] == slices["error"].notna().sum(), "it has a file, and is lost to being unreadable"
     assert set(predictions["SOPInstanceUID"]) <= set(cohort["SOPInstanceUID"])
     assert cohort.groupby("PatientID")["fold"].nunique().max() == 1
     both = predictions.merge(cohort, on="SOPInstanceUID", suffixes=("", "_cohort"))
