@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODE_SECONDS', 'DECODE_BYTES', 'SHARD_ROWS', 'COLUMNS', 'NPY_HEADER', 'SCHEMA', 'resize_slice', 'serve_decoder',
-           'Decoder', 'read_row', 'printable', 'shard_paths', 'write_shard', 'read_shard', 'save_settings', 'read_size',
-           'Cache', 'open_cache']
+           'Decoder', 'read_row', 'printable', 'shard_paths', 'make_table', 'write_shard', 'read_shard',
+           'save_settings', 'read_size', 'Cache', 'open_cache']
 
 # %% ../nbs/02b_cache.ipynb #02b-002
 import json
@@ -183,8 +183,10 @@ def _write_pixels(path: Path, files, size: int, rows: list, tick) -> None:
 # %% ../nbs/02b_cache.ipynb #02b-026
 SCHEMA = pa.Schema.from_pandas(pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in COLUMNS.items()}), preserve_index=False)
 
-def _make_table(rows: list[dict]) -> pa.Table:
-    "The rows with SCHEMA. By Arrow: a frame made of rows with gaps would round the large integers."
+def make_table(
+    rows: list[dict],  # of `read_row`
+) -> pa.Table:  # SCHEMA
+    "The rows as a table. By Arrow: a frame made of rows with gaps would round the large integers."
     columns = [pa.array([row.get(field.name) for row in rows], field.type, from_pandas=True) for field in SCHEMA]  # NaN is null
     return pa.table(columns, SCHEMA)
 
@@ -205,7 +207,7 @@ def write_shard(
         rows, (pixels_path, table_path) = [], shard_paths(cache_dir, number)
         paths = [os.path.join(dicom_dir, file) for file in files]
         write_file(pixels_path, lambda p: _write_pixels(p, paths, size, rows, tick))
-        table = _make_table([row | {"shard": number} for row in rows])
+        table = make_table([row | {"shard": number} for row in rows])
         write_file(table_path, lambda p: write_table(table, p))
     finally:
         cv2.setNumThreads(threads)
@@ -222,8 +224,6 @@ def read_shard(
     try:
         rows = pd.read_parquet(table, columns=["file", "bytes", "modified_ns", "row", "shard", "error"])
         right = pixels.stat().st_size == NPY_HEADER + 2 * size * size * int(rows["row"].notna().sum())
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError):  # pyarrow's errors are ValueErrors
         return None
     return rows if right else None

@@ -19,9 +19,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from .cache import open_cache
 from .cohort import NEIGHBORS
 from .dicom import WINDOWS
-from .cache import open_cache
 from .labels import LABELS, SUBTYPES, InputError
 
 # %% ../nbs/05_data.ipynb #05-008

@@ -162,8 +162,8 @@ def plot_mistakes(
     "The mistakes as pictures in the brain window."
     import matplotlib.pyplot as plt
 
-    from ich_fastai.dicom import window
     from ich_fastai.cache import open_cache
+    from ich_fastai.dicom import window
 
     hu = open_cache(cache_dir).gather(cohort.loc[mistakes["SOPInstanceUID"], "address"].to_numpy())
     fig, axes = plt.subplots(2, 4, figsize=(8, 4.6))
@@ -320,8 +320,8 @@ def plot_grad_cam(
     "Slices in the brain window, under them the evidence for a label; on a phantom with the outline of the bleeding."
     import matplotlib.pyplot as plt
 
-    from ich_fastai.dicom import window
     from ich_fastai.cache import open_cache
+    from ich_fastai.dicom import window
     from ich_fastai.phantom import is_phantom, read_mask
 
     network, x = load_inputs(run_dir, rows)

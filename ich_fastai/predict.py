@@ -17,10 +17,11 @@ import pandas as pd
 import torch
 from fastcore.script import call_parse
 
+from .cache import SHARD_ROWS, Decoder, make_table, printable, read_row
 from .cohort import find_neighbors
 from .data import input_addresses, resize_hu, to_input
 from .evaluate import calibrate, to_logits
-from .cache import SHARD_ROWS, Decoder, printable, read_row
+from .ingest import mark_duplicates
 from .labels import LABEL_COLORS, LABELS, InputError, save_table
 from .model import build_model
 
@@ -78,13 +79,9 @@ def read_study(
     with Decoder() as decoder:
         read = [read_row(path, size, decoder) for path in paths]
     hu = [pixels for pixels, _ in read if pixels is not None]
-    table = pd.DataFrame([{"error": None, "SOPInstanceUID": None} | row for _, row in read])
-    table["file"] = [printable(os.path.relpath(path, root)) for path in paths]
-    table["index"] = (table["error"].isna()).cumsum() - 1
-    good = table[table["error"].isna()]
-    first = good.drop_duplicates("SOPInstanceUID").set_index("SOPInstanceUID")["file"]
-    again = good[good["SOPInstanceUID"].duplicated()]
-    table.loc[again.index, "error"] = ("duplicate: same SOPInstanceUID as " + first[again["SOPInstanceUID"]]).to_numpy()
+    rows = [row | {"file": printable(os.path.relpath(path, root))} for path, (_, row) in zip(paths, read, strict=True)]
+    table = mark_duplicates(make_table(rows), {}).to_pandas()
+    table["index"] = np.cumsum([pixels is not None for pixels, _ in read]) - 1
     return np.stack(hu) if hu else np.empty((0, size, size), np.int16), table
 
 # %% ../nbs/08_predict.ipynb #08-015

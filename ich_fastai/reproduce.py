@@ -327,10 +327,10 @@ def _kept_seconds(run_dir: Path, chosen: tuple, params: dict, declared: dict) ->
     path = run_dir / "manifest.json"
     manifest = json.loads(path.read_text()) if path.is_file() else {"seconds": {}, "parameters": {}}
     kept = {n: s for n, s in manifest["seconds"].items() if n < chosen[0]}
-    for notebook in kept:
+    for notebook in (*kept, "make_phantom") if kept else ():
         changed = sorted(k for k in declared.get(notebook, ()) if params.get(k) != manifest["parameters"].get(k))
         if changed:
-            raise InputError(f"{run_dir}: {notebook} ran with other parameters ({', '.join(changed)}); start with --from {notebook} or earlier")
+            raise InputError(f"{run_dir}: {notebook} ran with other parameters ({', '.join(changed)}); start earlier, or leave --from out")
     return kept
 
 # %% ../nbs/10_reproduce.ipynb #10-050

@@ -29,6 +29,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from sklearn.metrics import roc_auc_score
 
+from .cache import read_size
 from .cohort import tiny_cohort
 from .data import named_windows, slice_loaders, training_rows
 from .labels import LABELS, SUBTYPES, InputError, save_table, stage_file, write_file
@@ -377,7 +378,7 @@ def fit(
         raise InputError(f"epochs={epochs}, folds={list(folds)}: must be at least 1, and some of {sorted(set(cohort['fold'].tolist()))}")
     config = {
         "arch": arch, "n_in": (2 * neighbors + 1) * len(windows), "image_size": image_size, "windows": named_windows(windows), "neighbors": neighbors, "labels": list(LABELS),
-        "cache_size": json.loads((stage_file(run_dir, "cache") / "cache.json").read_text())["size"], "normalization": "each window to -1 ... 1",
+        "cache_size": read_size(stage_file(run_dir, "cache")), "normalization": "each window to -1 ... 1",
         **parse_arm(arm), "batch_size": batch_size, "epochs": epochs, "epoch_size": epoch_size, "lr": lr, "seed": seed, "pretrained": pretrained, "weights": str(weights),
         "pos_weight": pos_weight, "ema": ema, "compile": compile,
     }

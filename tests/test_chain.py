@@ -114,7 +114,9 @@ def test_from_refuses_parameters_that_would_not_be_those_of_the_kept_notebooks(t
     before = (run_dir / "manifest.json").read_bytes()
     done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir, "--from", "09", "--set", "epochs=999")
     assert done.returncode == 1 and "06_train ran with other parameters (epochs)" in done.stderr
-    assert (run_dir / "manifest.json").read_bytes() == before
+    done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir, "--from", "09", "--set", "n_patients=3")
+    assert done.returncode == 1 and "make_phantom ran with other parameters (n_patients)" in done.stderr
+    assert (run_dir / "manifest.json").read_bytes() == before and (run_dir / "data" / "phantom.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
+from ich_fastai.cache import open_cache
 from ich_fastai.cohort import tiny_cohort
 from ich_fastai.data import Augment, SliceBatches, input_addresses, named_windows, resize_hu, slice_loaders, to_input, training_rows
-from ich_fastai.cache import open_cache
 from ich_fastai.labels import LABELS, InputError
 
 WINDOWS = named_windows(["brain", "subdural"])

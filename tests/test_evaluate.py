@@ -290,7 +290,7 @@ def write_predictions(run_dir, rows, folds):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     ids = rows[["SOPInstanceUID", "PatientID", "StudyInstanceUID", "fold", *LABELS]].reset_index(drop=True)
-    logits = 2 * rows[list(LABELS)].to_numpy() - 1 + rng.normal(size=(len(rows), 6))
+    logits = 2 * rows[list(LABELS)].to_numpy(float) - 1 + rng.normal(size=(len(rows), 6))
     ids.assign(**{f"logit_{label}": logits[:, k].astype("float32") for k, label in enumerate(LABELS)}, keep_rate=0.4).to_parquet(run_dir / "predictions.parquet")
     training = {"pos_weight": None, "folds": [{"fold": int(f), "keep_rate": 0.4} for f in folds]}
     model = {"arch": "resnet10t", "n_in": 3, "cache_size": 256, "image_size": 96, "windows": {"brain": [40, 80]}, "neighbors": 1, "training": training, "corrections": {}, "thresholds": {}}
