@@ -126,7 +126,7 @@ def measure_whole(options):
 
 
 def measure_study(options):
-    "Four arms, two of them corrected, as notebook 09 compares them."
+    "Four arms, two of them corrected, as notebook 40 compares them."
     from ich_fastai.imbalance import describe_study, difference_table, run_study, table_2
 
     y, p, patient = draw_slices(options.slices)

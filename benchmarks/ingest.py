@@ -24,7 +24,7 @@ import psutil
 
 from ich_fastai.ingest import Job, ingest, save_plan
 from ich_fastai.labels import find_dataset
-from ich_fastai.phantom import tiny_phantom
+from ich_fastai.tiny import tiny_phantom
 
 SECTIONS = ("speed", "workers", "memory", "listing", "kills")
 

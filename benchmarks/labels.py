@@ -19,7 +19,8 @@ from pathlib import Path
 import pandas as pd
 import polars  # noqa: F401  else its import would be timed, while pandas is there already
 
-from ich_fastai.labels import LABELS, project_dir, read_combinations, read_labels
+from ich_fastai.core import project_dir
+from ich_fastai.labels import LABELS, read_combinations, read_labels
 
 
 def pandas_recipe(csv):

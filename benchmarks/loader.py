@@ -23,11 +23,11 @@ import torch
 from ingest import copy_slices
 
 from ich_fastai.cache import SHARD_ROWS, open_cache
-from ich_fastai.data import Augment, SliceBatches, named_windows
+from ich_fastai.batches import Augment, SliceBatches, named_windows
 from ich_fastai.dicom import window
 from ich_fastai.ingest import ingest
 from ich_fastai.labels import LABELS, find_dataset
-from ich_fastai.phantom import tiny_phantom
+from ich_fastai.tiny import tiny_phantom
 
 warnings.filterwarnings("ignore")
 

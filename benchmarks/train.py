@@ -33,13 +33,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ich_fastai.cache import open_cache
 from ich_fastai.cohort import make_cohort
-from ich_fastai.data import named_windows, slice_loaders, training_rows
+from ich_fastai.batches import named_windows, slice_loaders, training_rows
 from ich_fastai.dicom import window
 from ich_fastai.ingest import ingest
 from ich_fastai.labels import LABELS, find_dataset, read_labels, tabulate_labels
 from ich_fastai.metrics import metrics_table
 from ich_fastai.model import build_model, loss_weights, make_loss
-from ich_fastai.phantom import make_phantom, tiny_phantom
+from ich_fastai.phantom import make_phantom
+from ich_fastai.tiny import tiny_phantom
 from ich_fastai.train import FollowEpochs, Journal, StopOnNonFinite, fit, make_learner, split_decay
 
 warnings.filterwarnings("ignore")

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from conftest import PROJECT
 
-from ich_fastai.labels import LABELS, InputError
+from ich_fastai.core import InputError
+from ich_fastai.labels import LABELS
 from ich_fastai.reproduce import PHANTOM_PARAMETERS, declared_parameters, prepare_data
 
 NOTEBOOKS = [p.stem for p in sorted((PROJECT / "nbs").glob("0*.ipynb"))]
@@ -112,9 +113,9 @@ def test_another_phantom_in_the_same_folder_takes_the_old_cache_with_it(tmp_path
 def test_from_refuses_parameters_that_would_not_be_those_of_the_kept_notebooks(tiny_run, command):
     run_dir, _ = tiny_run
     before = (run_dir / "manifest.json").read_bytes()
-    done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir, "--from", "09", "--set", "epochs=999")
-    assert done.returncode == 1 and "06_train ran with other parameters (epochs)" in done.stderr
-    done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir, "--from", "09", "--set", "n_patients=3")
+    done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir, "--from", "40", "--set", "epochs=999")
+    assert done.returncode == 1 and "12_train ran with other parameters (epochs)" in done.stderr
+    done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir, "--from", "40", "--set", "n_patients=3")
     assert done.returncode == 1 and "make_phantom ran with other parameters (n_patients)" in done.stderr
     assert (run_dir / "manifest.json").read_bytes() == before and (run_dir / "data" / "phantom.json").is_file()
 
@@ -129,7 +130,7 @@ def test_from_refuses_parameters_that_would_not_be_those_of_the_kept_notebooks(t
         (["--preset", "tiny", "--set", "arms=[a"], "not valid YAML"),
         (["--preset", "tiny", "--set", "run_dir=elsewhere"], "parameter run_dir: the run sets it; use --data and --out"),
         (["--preset", "tiny", "--from", "17"], "no such notebook"),
-        (["--preset", "tiny", "--from", "05", "--until", "02"], "comes after"),
+        (["--preset", "tiny", "--from", "10", "--until", "05"], "comes after"),
         (["--preset", "paper"], "--data"),
         (["--preset", "paper", "--data", "nowhere"], "nowhere: no such folder"),
         (["--preset", "tiny", "--data", "{empty}"], "has no stage_1_train.csv"),
@@ -151,9 +152,9 @@ def test_a_failing_notebook_names_cell_and_error_and_resumes(command, tiny_run, 
     (data / "stage_1_train_images").symlink_to(tiny_run[0] / "data" / "stage_1_train_images")
     labels = (tiny_run[0] / "data" / "stage_1_train.csv").read_text()
     (data / "stage_1_train.csv").write_text(labels.replace("epidural,", "extradural,", 1))
-    arguments = ["--preset", "tiny", "--data", data, "--out", tmp_path / "run", "--until", "00"]
+    arguments = ["--preset", "tiny", "--data", data, "--out", tmp_path / "run", "--until", "01"]
     done = command("ich-reproduce", *arguments)
-    assert done.returncode == 1 and re.search(r"00_labels, cell \d+: .*stage_1_train\.csv: 1 slice with a row that is not", done.stderr)
+    assert done.returncode == 1 and re.search(r"01_labels, cell \d+: .*stage_1_train\.csv: 1 slice with a row that is not", done.stderr)
     assert "Traceback" not in done.stderr
     (data / "stage_1_train.csv").write_text(labels)
     done = command("ich-reproduce", *arguments, "--resume")

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from ich_fastai.cache import open_cache
-from ich_fastai.cohort import tiny_cohort
-from ich_fastai.data import Augment, SliceBatches, input_addresses, named_windows, resize_hu, slice_loaders, to_input, training_rows
-from ich_fastai.labels import LABELS, InputError
+from ich_fastai.tiny import tiny_cohort
+from ich_fastai.batches import Augment, SliceBatches, input_addresses, named_windows, resize_hu, slice_loaders, to_input
+from ich_fastai.batches import training_rows
+from ich_fastai.core import InputError
+from ich_fastai.labels import LABELS
 
 WINDOWS = named_windows(["brain", "subdural"])
 OPTIONS = dict(image_size=48, windows=WINDOWS, neighbors=1, batch_size=8)

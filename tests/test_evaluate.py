@@ -12,12 +12,17 @@ from scipy.stats import binom
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
-from ich_fastai.cohort import tiny_cohort
-from ich_fastai.evaluate import conformal_bound, correct_for_sampling, correct_logits, cross_fit, evaluate, headline_table, say_difference, score_levels, split_patients, weighted_ratio
-from ich_fastai.explain import explain, make_submission, save_submission
-from ich_fastai.labels import LABELS, InputError, read_labels
-from ich_fastai.metrics import METRICS, fit_logistic, label_metrics, mean_metrics, metrics_table, rank_metrics, resample_patients, weighted_log_loss
-from ich_fastai.phantom import tiny_phantom
+from ich_fastai.tiny import tiny_cohort
+from ich_fastai.calibrate import conformal_bound, correct_for_sampling, correct_logits, cross_fit, score_levels
+from ich_fastai.calibrate import split_patients
+from ich_fastai.evaluate import evaluate, headline_table, say_difference, weighted_ratio
+from ich_fastai.explain import explain
+from ich_fastai.predict import make_submission, save_submission
+from ich_fastai.core import InputError
+from ich_fastai.labels import LABELS, read_labels
+from ich_fastai.metrics import METRICS, fit_logistic, label_metrics, mean_metrics, metrics_table, rank_metrics
+from ich_fastai.metrics import resample_patients, weighted_log_loss
+from ich_fastai.tiny import tiny_phantom
 
 
 def draw(n=300, n_patients=40, seed=0, digits=None):
@@ -334,7 +339,7 @@ def test_the_stage_survives_too_little_data(simulated_run, tmp_path, which):
 
 
 def test_without_predictions_it_names_the_notebook(tmp_path):
-    with pytest.raises(InputError, match="predictions.parquet: not there; notebook 06_train makes it"):
+    with pytest.raises(InputError, match="predictions.parquet: not there; notebook 12_train makes it"):
         evaluate(tmp_path)
 
 

@@ -21,7 +21,7 @@ from ich_fastai import cache as cache_module
 from ich_fastai import ingest as module
 from ich_fastai.cache import SHARD_ROWS, Decoder, open_cache, printable, read_row, shard_paths, write_shard
 from ich_fastai.ingest import count_errors, find_changed, ingest, list_files
-from ich_fastai.labels import InputError
+from ich_fastai.core import InputError
 
 N_FILES, SIZE = 4 * SHARD_ROWS + 100, 32
 

@@ -8,9 +8,11 @@ import pytest
 from scipy.special import expit, logit
 from sklearn import metrics as sk
 
-from ich_fastai.evaluate import correct_for_sampling, level_metrics, score_levels
+from ich_fastai.calibrate import correct_for_sampling, score_levels
+from ich_fastai.evaluate import level_metrics
 from ich_fastai.imbalance import read_arms, run_study, save_study, table_2
-from ich_fastai.labels import LABELS, InputError, read_combinations
+from ich_fastai.core import InputError
+from ich_fastai.labels import LABELS, read_combinations
 from ich_fastai.metrics import resample_patients, weighted_log_loss
 from ich_fastai.paper import compare_paper, derivation, make_paper, read_paper
 
@@ -31,7 +33,7 @@ def simulate(n_patients=60, each=8, prevalence=True, seed=0):
 
 
 def write_arm(folder, arm, ids, logits, keep_rate, pos_weight=None):
-    "predictions.parquet and model.json of an arm, as notebook 06 writes them."
+    "predictions.parquet and model.json of an arm, as notebook 12 writes them."
     (folder / "model").mkdir(parents=True)
     ids.assign(keep_rate=keep_rate, **dict(zip(LOGITS, logits.T, strict=True))).to_parquet(folder / "predictions.parquet")
     balance, weights = arm.split("+")
@@ -150,7 +152,7 @@ def test_the_flow_to_194_082_is_recounted_only_where_every_positive_slice_is_the
     assert derivation(labels, cohort)["this data"].to_list() == read_paper()["value"].loc[["slices", "normal", "positive"]].to_list() + [62, 97_041, 194_082]
     assert (derivation(labels, cohort)["verdict"] == "equal").all()
     cohort.loc[positives[0], "clean"] = True
-    assert derivation(labels, cohort)["verdict"].iloc[3] == "different: the rule is inferred from the arithmetic (notebook 04)"
+    assert derivation(labels, cohort)["verdict"].iloc[3] == "different: the rule is inferred from the arithmetic (notebook 08)"
     part = derivation(labels, cohort.drop(positives[100:]))
     assert part["this data"].isna().to_list() == [False] * 3 + [True] * 3
     assert part["verdict"].iloc[-1] == "not computable from these files: 97,003 of 97,103 slices with hemorrhage have no readable file here"

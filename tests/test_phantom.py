@@ -17,8 +17,11 @@ import pydicom
 import pytest
 
 from ich_fastai.head import Bleed, draw_head, draw_plane
-from ich_fastai.labels import LABELS, SUBTYPES, InputError, read_labels
-from ich_fastai.phantom import COMPRESSIONS, FILE_TRAPS, MIN_AREA_MM2, TRAPS, Scan, draw_scan, draw_slice, make_phantom, read_mask, tiny_phantom
+from ich_fastai.core import InputError
+from ich_fastai.labels import LABELS, SUBTYPES, read_labels
+from ich_fastai.scan import Scan, draw_scan, draw_slice
+from ich_fastai.phantom import COMPRESSIONS, FILE_TRAPS, MIN_AREA_MM2, TRAPS, make_phantom, read_mask
+from ich_fastai.tiny import tiny_phantom
 
 COMMAND = Path(sys.executable).parent / "ich-phantom"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

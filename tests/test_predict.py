@@ -9,9 +9,12 @@ import pytest
 from dicom_files import make_file
 from test_evaluate import simulated_run, write_predictions  # noqa: F401  (a fixture)
 
-from ich_fastai.evaluate import calibrate, evaluate, score_levels
-from ich_fastai.labels import LABELS, InputError
-from ich_fastai.predict import load_model, predict_series, summarize_studies
+from ich_fastai.calibrate import calibrate, score_levels
+from ich_fastai.evaluate import evaluate
+from ich_fastai.core import InputError
+from ich_fastai.labels import LABELS
+from ich_fastai.model import load_model
+from ich_fastai.predict import predict_series, summarize_studies
 
 
 @pytest.fixture(scope="module")

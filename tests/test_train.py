@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ich_fastai import train
-from ich_fastai.cohort import tiny_cohort
-from ich_fastai.data import SliceBatches, slice_loaders, training_rows
-from ich_fastai.labels import LABELS, InputError
+from ich_fastai.tiny import tiny_cohort
+from ich_fastai.batches import SliceBatches, slice_loaders, training_rows
+from ich_fastai.core import InputError
+from ich_fastai.labels import LABELS
 from ich_fastai.metrics import weighted_log_loss
 from ich_fastai.model import build_model, can_reach_hub, loss_weights, make_loss, positive_weights
 from ich_fastai.train import fit, score_logits
