@@ -66,8 +66,15 @@ def sklearn_metrics(y, p):
     fpr, tpr, _ = sk.roc_curve(y, p)
     seen, said = calibration_curve(y, p, n_bins=10, strategy="quantile")
     return (
-        sk.roc_auc_score(y, p), sk.average_precision_score(y, p), tpr[fpr <= 0.1].max(), tpr[fpr <= 0.05].max(), sk.log_loss(y, p), sk.brier_score_loss(y, p),
-        np.abs(seen - said).mean(), sk.recall_score(y, p >= THRESHOLD), sk.recall_score(y, p >= THRESHOLD, pos_label=0),
+        sk.roc_auc_score(y, p),
+        sk.average_precision_score(y, p),
+        tpr[fpr <= 0.1].max(),
+        tpr[fpr <= 0.05].max(),
+        sk.log_loss(y, p),
+        sk.brier_score_loss(y, p),
+        np.abs(seen - said).mean(),
+        sk.recall_score(y, p >= THRESHOLD),
+        sk.recall_score(y, p >= THRESHOLD, pos_label=0),
         LogisticRegression(C=1e12).fit(logit(p)[:, None], y).coef_[0, 0],
     )
 
@@ -77,7 +84,9 @@ def sklearn_resample(levels, rng):
     for y, p, patient in levels.values():
         order = np.argsort(patient, kind="stable")
         starts = np.searchsorted(patient[order], np.arange(patient.max() + 2))
-        rows = np.concatenate([order[starts[k] : starts[k + 1]] for k in rng.integers(patient.max() + 1, size=patient.max() + 1)])
+        rows = np.concatenate(
+            [order[starts[k] : starts[k + 1]] for k in rng.integers(patient.max() + 1, size=patient.max() + 1)]
+        )
         for k in range(len(LABELS)):
             sklearn_metrics(y[rows, k], p[rows, k])
 
@@ -97,14 +106,23 @@ def measure_speed(options):
         seconds["loop"].append(timed(sklearn_resample, levels, rng))
     ours, one = (statistics.median(values) for values in seconds.values())
     loop = one * options.resamples
-    print(f"ours, {options.resamples:,} resamples of all metrics, {len(LABELS)} labels, by slice and by study: {ours:.1f} s (claim: 20 or less)")
-    print(f"loop over scikit-learn: {one:.2f} s a resample, so about {loop:,.0f} s for all (extrapolated from {len(seconds['loop'])})")
+    print(
+        f"ours, {options.resamples:,} resamples of all metrics, {len(LABELS)} labels, by slice and by study: {ours:.1f} s (claim: 20 or less)"
+    )
+    print(
+        f"loop over scikit-learn: {one:.2f} s a resample, so about {loop:,.0f} s for all (extrapolated from {len(seconds['loop'])})"
+    )
     print(f"ours is {loop / ours:.0f} times as fast (claim: 20 or more)")
 
 
 def in_a_fresh_process(slices, resamples):
     "Seconds, and the peak resident size in MB of the whole process: imports, data and metrics."
-    done = subprocess.run([sys.executable, __file__, "--once", "--slices", str(slices), "--resamples", str(resamples)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--once", "--slices", str(slices), "--resamples", str(resamples)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return [float(x) for x in done.stdout.split()]
 
 
@@ -122,7 +140,9 @@ def measure_memory(options):
 
 def measure_whole(options):
     seconds, peak = in_a_fresh_process(674_258, options.resamples)
-    print(f"all 674,258 slices of stage 1, {options.resamples:,} resamples: {seconds:.0f} s, peak memory {peak:,.0f} MB")
+    print(
+        f"all 674,258 slices of stage 1, {options.resamples:,} resamples: {seconds:.0f} s, peak memory {peak:,.0f} MB"
+    )
 
 
 def measure_study(options):
@@ -131,17 +151,27 @@ def measure_study(options):
 
     y, p, patient = draw_slices(options.slices)
     rng, arms = np.random.default_rng(1), {}
-    for arm, keep_rate in (("undersample+inverse", 0.2), ("undersample+none", 0.2), ("none+inverse", 1.0), ("none+none", 1.0)):
+    for arm, keep_rate in (
+        ("undersample+inverse", 0.2),
+        ("undersample+none", 0.2),
+        ("none+inverse", 1.0),
+        ("none+none", 1.0),
+    ):
         x = logit(p) + rng.normal(0, 0.3, p.shape)
         columns = dict(zip(LABELS, y.T, strict=True)) | {f"logit_{label}": x[:, k] for k, label in enumerate(LABELS)}
-        arms[arm] = pd.DataFrame({"PatientID": patient, "fold": 0, "keep_rate": keep_rate} | columns), {"training": {"folds": []}}
+        arms[arm] = (
+            pd.DataFrame({"PatientID": patient, "fold": 0, "keep_rate": keep_rate} | columns),
+            {"training": {"folds": []}},
+        )
 
     def compare():
         study = run_study(arms, n_boot=options.resamples)
         table_2(study)
         describe_study(study, difference_table(study))
 
-    print(f"Table 2 with all paired differences, 4 arms, raw and corrected, {options.resamples:,} resamples: {timed(compare):.1f} s")
+    print(
+        f"Table 2 with all paired differences, 4 arms, raw and corrected, {options.resamples:,} resamples: {timed(compare):.1f} s"
+    )
 
 
 def draw_clustered(n_patients, each, seed):
@@ -171,12 +201,16 @@ def measure_coverage(options, each=10):
             for name, values in find_both(y, p, unit, resample_patients(unit.max() + 1, resamples, seed)).items():
                 _, low, high = find_interval(values)
                 covered[way, name] += low <= truth[name] <= high
-    print(f"{options.datasets} datasets of {n_patients} patients with {each} slices each on average, {resamples:,} resamples:")
+    print(
+        f"{options.datasets} datasets of {n_patients} patients with {each} slices each on average, {resamples:,} resamples:"
+    )
     for (way, name), n in covered.items():
         share = n / options.datasets
         error = 1.96 * (share * (1 - share) / options.datasets) ** 0.5
         claim = "claim: 93% to 97%" if way == "by patient" else "for comparison: too narrow"
-        print(f"bootstrap {way}: the 95% interval of the {name} holds the truth in {share:.1%} +- {error:.1%} ({claim})")
+        print(
+            f"bootstrap {way}: the 95% interval of the {name} holds the truth in {share:.1%} +- {error:.1%} ({claim})"
+        )
 
 
 def main():
@@ -193,7 +227,10 @@ def main():
     if options.once:
         return run_once(options)
     for section in options.sections or SECTIONS:
-        print(f"## {section}, {options.slices:,} slices" if section in ("speed", "memory", "study") else f"## {section}", flush=True)
+        print(
+            f"## {section}, {options.slices:,} slices" if section in ("speed", "memory", "study") else f"## {section}",
+            flush=True,
+        )
         globals()[f"measure_{section}"](options)
 
 

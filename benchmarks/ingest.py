@@ -99,14 +99,21 @@ def measure_speed(folder, scratch):
 
 
 def measure_workers(folder, scratch, times=40):
-    seconds, many = {1: [], 2: []}, link_slices(sorted(folder.glob("*.dcm")), scratch / "many", times)  # enough that starting a process does not count
+    seconds, many = (
+        {1: [], 2: []},
+        link_slices(sorted(folder.glob("*.dcm")), scratch / "many", times),
+    )  # enough that starting a process does not count
     for turn in range(3):
         for workers in seconds:
-            seconds[workers].append(timed(ingest, many, scratch / f"workers{turn}{workers}" / "cache", workers=workers, max_error_share=1))
+            seconds[workers].append(
+                timed(ingest, many, scratch / f"workers{turn}{workers}" / "cache", workers=workers, max_error_share=1)
+            )
             shutil.rmtree(scratch / f"workers{turn}{workers}")
     one, two = (statistics.median(seconds[n]) for n in (1, 2))
     n = len(os.listdir(many))
-    print(f"{n:,} files: 1 worker {one:.2f} s, 2 workers {two:.2f} s: {one / two:.2f} times as fast (claim: 1.7 or more)")
+    print(
+        f"{n:,} files: 1 worker {one:.2f} s, 2 workers {two:.2f} s: {one / two:.2f} times as fast (claim: 1.7 or more)"
+    )
     shutil.rmtree(many)
 
 
@@ -160,7 +167,11 @@ def measure_listing(folder, scratch, n=700_000):
 
 
 def content(run_dir):
-    return {str(p.relative_to(run_dir)): p.read_bytes() for p in sorted(run_dir.rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {
+        str(p.relative_to(run_dir)): p.read_bytes()
+        for p in sorted(run_dir.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def start_ingest(folder, out, *options):
@@ -173,7 +184,10 @@ def measure_kills(folder, scratch, n=20):
     "SIGKILL the run at random moments, or a Dask worker under it; in the end the cache must be the undisturbed one."
     import distributed
 
-    rng, folder = random.Random(0), link_slices(sorted(folder.glob("*.dcm")), scratch / "killed", 3)  # enough shards that a local pool is used
+    rng, folder = (
+        random.Random(0),
+        link_slices(sorted(folder.glob("*.dcm")), scratch / "killed", 3),
+    )  # enough shards that a local pool is used
     ingest(folder, scratch / "whole" / "cache", workers=1)
     want, seconds = content(scratch / "whole"), timed(ingest, folder, scratch / "again" / "cache", workers=1)
     same = 0
@@ -190,7 +204,10 @@ def measure_kills(folder, scratch, n=20):
     same, local = 0, dict(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs="CRITICAL")
     for k in range(n):
         out = scratch / f"dask{k}"
-        with distributed.LocalCluster(**local) as cluster, distributed.Client(cluster) as client:  # Dask does not always replace a killed worker
+        with (
+            distributed.LocalCluster(**local) as cluster,
+            distributed.Client(cluster) as client,
+        ):  # Dask does not always replace a killed worker
             process = start_ingest(folder, out, "--scheduler", cluster.scheduler_address)
             time.sleep(rng.uniform(1, 2 + seconds))
             victims = [p for p in client.run(os.getpid).values() if psutil.pid_exists(p)]
@@ -201,7 +218,9 @@ def measure_kills(folder, scratch, n=20):
         start_ingest(folder, out).wait()
         same += content(out) == want
         shutil.rmtree(out)
-    print(f"Dask workers killed in {n} runs, in half of them the run too: {same} of {n} caches equal the undisturbed one")
+    print(
+        f"Dask workers killed in {n} runs, in half of them the run too: {same} of {n} caches equal the undisturbed one"
+    )
 
 
 def main():

@@ -34,7 +34,11 @@ def pandas_recipe(csv):
 
 def make_csv(path):
     "The label rows in the competition's form: real where they are at hand, else from the published counts."
-    real = Path(os.environ.get("ICH_REAL_DATA", project_dir().parent / "shared" / "data")) / "rsna" / "stage_1_train.csv.gz"
+    real = (
+        Path(os.environ.get("ICH_REAL_DATA", project_dir().parent / "shared" / "data"))
+        / "rsna"
+        / "stage_1_train.csv.gz"
+    )
     if real.is_file():
         with gzip.open(real) as source, open(path, "wb") as target:
             shutil.copyfileobj(source, target)
@@ -62,7 +66,9 @@ def compare(csv, turns=3):
     medians = {name: [statistics.median(x) for x in zip(*results, strict=True)] for name, results in readers.items()}
     for name, (seconds, megabytes) in medians.items():
         print(f"{name:>12}: {seconds:6.2f} s, peak {megabytes:,.0f} MB")
-    print(f"read_labels is {medians['pandas'][0] / medians['read_labels'][0]:.1f} times as fast (claim: 20 or more), memory claim: under 600 MB")
+    print(
+        f"read_labels is {medians['pandas'][0] / medians['read_labels'][0]:.1f} times as fast (claim: 20 or more), memory claim: under 600 MB"
+    )
 
 
 def main():

@@ -34,9 +34,13 @@ warnings.filterwarnings("ignore")
 
 def make_cohort(scratch, n, size):
     "A cache of `n` slices and what the loaders need of a cohort; the labels do not matter."
-    slices = ingest(copy_slices(find_dataset(tiny_phantom()).dicom_dir, scratch / "dicom", n), scratch / "cache", size=size)
+    slices = ingest(
+        copy_slices(find_dataset(tiny_phantom()).dicom_dir, scratch / "dicom", n), scratch / "cache", size=size
+    )
     address = slices["shard"].astype("int64") * SHARD_ROWS + slices["row"].astype("int64")
-    return pd.DataFrame({"SOPInstanceUID": slices["SOPInstanceUID"], "address": address}).assign(**dict.fromkeys(LABELS, 0))
+    return pd.DataFrame({"SOPInstanceUID": slices["SOPInstanceUID"], "address": address}).assign(
+        **dict.fromkeys(LABELS, 0)
+    )
 
 
 def write_pngs(cohort, cache_dir, folder):
@@ -58,8 +62,11 @@ def fastai_loader(cohort, folder, *, augment):
 
     transforms = [*aug_transforms(), Normalize.from_stats(*imagenet_stats)] if augment else []
     block = DataBlock(
-        blocks=(ImageBlock, MultiCategoryBlock(encoded=True, vocab=list(LABELS))), get_x=lambda r: folder / f"{r['SOPInstanceUID']}.png", get_y=lambda r: r[list(LABELS)].to_list(),
-        splitter=IndexSplitter([0]), batch_tfms=transforms,
+        blocks=(ImageBlock, MultiCategoryBlock(encoded=True, vocab=list(LABELS))),
+        get_x=lambda r: folder / f"{r['SOPInstanceUID']}.png",
+        get_y=lambda r: r[list(LABELS)].to_list(),
+        splitter=IndexSplitter([0]),
+        batch_tfms=transforms,
     )
     return block.dataloaders(cohort, bs=64, num_workers=2, device=torch.device("cpu")).train
 
@@ -67,7 +74,13 @@ def fastai_loader(cohort, folder, *, augment):
 def cache_loader(cohort, cache_dir, size, *, augment):
     "This project's batches of the same slices."
     return SliceBatches(
-        cohort, cache_dir, image_size=size, windows=named_windows(["brain", "subdural", "stroke"]), neighbors=0, batch_size=64, train=True,
+        cohort,
+        cache_dir,
+        image_size=size,
+        windows=named_windows(["brain", "subdural", "stroke"]),
+        neighbors=0,
+        batch_size=64,
+        train=True,
         augment=Augment() if augment else None,
     )
 
@@ -99,7 +112,9 @@ def main():
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    print(f"{args.slices:,} slices at {args.size} px, {os.cpu_count()} cores, torch {torch.__version__}, {args.rounds} rounds")
+    print(
+        f"{args.slices:,} slices at {args.size} px, {os.cpu_count()} cores, torch {torch.__version__}, {args.rounds} rounds"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         cohort = make_cohort(scratch, args.slices, args.size)
@@ -109,7 +124,10 @@ def main():
         png, png_augmented = (fastai_loader(cohort, scratch / "png", augment=a) for a in (False, True))
         torch.set_num_threads(1)
         one = [rate(gather_all(plain)) for _ in range(args.rounds + 1)][1:]
-        print(f"{'HU batches gathered, one core':<42} {statistics.median(one):9,.0f} slices/s (wanted: 20,000)", flush=True)
+        print(
+            f"{'HU batches gathered, one core':<42} {statistics.median(one):9,.0f} slices/s (wanted: 20,000)",
+            flush=True,
+        )
         torch.set_num_threads(os.cpu_count())
         compare("plain: HU batches against PNG", lambda: gather_all(plain), lambda: png, args.rounds, 50)
         compare("plain: three windows against PNG", lambda: plain, lambda: png, args.rounds, "-")

@@ -48,7 +48,12 @@ def noise_of(hu):
 
 def looks_of(ds, hu):
     "What real and synthetic slices are compared by: brain fraction (share of pixels in 0 to 80 HU), noise (HU), position (mm) in the series."
-    return dict(series=ds.SeriesInstanceUID, z_mm=float(ds.ImagePositionPatient[2]), brain=float(((hu > 0) & (hu < 80)).mean()), noise=noise_of(hu))
+    return dict(
+        series=ds.SeriesInstanceUID,
+        z_mm=float(ds.ImagePositionPatient[2]),
+        brain=float(((hu > 0) & (hu < 80)).mean()),
+        noise=noise_of(hu),
+    )
 
 
 def read_all(data):
@@ -62,7 +67,9 @@ def read_all(data):
         hu = hu_of(ds, row.traps)
         small.append(cv2.resize(hu, (96, 96), interpolation=cv2.INTER_AREA))
         histograms.append(np.histogram(hu, BINS)[0] * float(ds.PixelSpacing[0]) ** 2)
-        headers.append(header(ds, path.stat().st_size) | dict(order=row.Index, padded=int(ds.pixel_array.min() == -2000)))
+        headers.append(
+            header(ds, path.stat().st_size) | dict(order=row.Index, padded=int(ds.pixel_array.min() == -2000))
+        )
         looks.append(looks_of(ds, hu))
     return np.stack(small), np.array(histograms, np.float32), pd.DataFrame(headers), pd.DataFrame(looks), truth
 
@@ -81,9 +88,17 @@ def read_real(folder):
 def header(ds, size):
     "What a file's tags, size and name tell, positions aside (where in the head a slice lies is honest information)."
     return dict(
-        size=size, bits=ds.BitsStored, signed=ds.PixelRepresentation, spacing=float(ds.PixelSpacing[0]), tilt=float(ds.ImageOrientationPatient[5]),
-        x=float(ds.ImagePositionPatient[0]), y=float(ds.ImagePositionPatient[1]), intercept=float(ds.RescaleIntercept), rows=ds.Rows,
-        implicit=ds.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2", name=int(str(ds.SOPInstanceUID)[3:], 16) % 4096,
+        size=size,
+        bits=ds.BitsStored,
+        signed=ds.PixelRepresentation,
+        spacing=float(ds.PixelSpacing[0]),
+        tilt=float(ds.ImageOrientationPatient[5]),
+        x=float(ds.ImagePositionPatient[0]),
+        y=float(ds.ImagePositionPatient[1]),
+        intercept=float(ds.RescaleIntercept),
+        rows=ds.Rows,
+        implicit=ds.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2",
+        name=int(str(ds.SOPInstanceUID)[3:], 16) % 4096,
     )
 
 
@@ -96,14 +111,21 @@ def resamples(y, patients, n_boot=500):
 
 def show_aucs(scores, y, patients):
     "Print each score's AUC, and how far the last one is above the others on the same resamples."
-    drawn = {name: np.array([roc_auc_score(y[k], score[k]) for k in resamples(y, patients)]) for name, score in scores.items()}
+    drawn = {
+        name: np.array([roc_auc_score(y[k], score[k]) for k in resamples(y, patients)])
+        for name, score in scores.items()
+    }
     best = list(scores)[-1]
     for name, score in scores.items():
         low, high = np.quantile(drawn[name], (0.025, 0.975))
-        print(f"{name:40s} AUC any {roc_auc_score(y, score):.3f} [{low:.3f}, {high:.3f}]  n {len(y)}, {y.sum()} positive, {len(set(patients))} patients")
+        print(
+            f"{name:40s} AUC any {roc_auc_score(y, score):.3f} [{low:.3f}, {high:.3f}]  n {len(y)}, {y.sum()} positive, {len(set(patients))} patients"
+        )
         if name != best:
             low, high = np.quantile(drawn[best] - drawn[name], (0.025, 0.975))
-            print(f"{'':40s} the network is above it by {roc_auc_score(y, scores[best]) - roc_auc_score(y, score):.3f} [{low:.3f}, {high:.3f}]")
+            print(
+                f"{'':40s} the network is above it by {roc_auc_score(y, scores[best]) - roc_auc_score(y, score):.3f} [{low:.3f}, {high:.3f}]"
+            )
 
 
 class Network(torch.nn.Module):
@@ -113,7 +135,11 @@ class Network(torch.nn.Module):
         super().__init__()
         layers, n = [], 1
         for m in (16, 32, 64, 128):
-            layers += [torch.nn.Conv2d(n, m, 3, stride=2 if n == 1 else 1, padding=1, bias=False), torch.nn.BatchNorm2d(m), torch.nn.ReLU()]
+            layers += [
+                torch.nn.Conv2d(n, m, 3, stride=2 if n == 1 else 1, padding=1, bias=False),
+                torch.nn.BatchNorm2d(m),
+                torch.nn.ReLU(),
+            ]
             layers += [torch.nn.MaxPool2d(2)] if n > 1 else []
             n = m
         self.body, self.head = torch.nn.Sequential(*layers), torch.nn.Linear(2 * n, 6)
@@ -171,18 +197,29 @@ def below_top(looks):
 
 def compare_looks(x, looks, x_real, real):
     "Print the distances between the phantom and the real slices: HU, brain fraction by position, noise."
-    print(f"\nHU histogram 0 to 80 HU at 96 px: total variation distance to {len(real)} real slices {total_variation(x, x_real):.3f}")
+    print(
+        f"\nHU histogram 0 to 80 HU at 96 px: total variation distance to {len(real)} real slices {total_variation(x, x_real):.3f}"
+    )
     one = real[real.groupby("series")["series"].transform("size") > 1]
     bins = np.arange(-10, 151, 20)
     ours, theirs = (t.groupby(pd.cut(below_top(t), bins), observed=False).brain for t in (looks, one))
-    table = pd.DataFrame(dict(phantom=ours.mean(), low=ours.quantile(0.1), high=ours.quantile(0.9), real=theirs.mean())).dropna()
-    print(f"brain fraction by mm below the highest brain slice: mean absolute difference to {one.series.nunique()} real series"
-          f" {(table.phantom - table.real).abs().mean():.3f}; low and high are the phantom's 10th and 90th percentile")
+    table = pd.DataFrame(
+        dict(phantom=ours.mean(), low=ours.quantile(0.1), high=ours.quantile(0.9), real=theirs.mean())
+    ).dropna()
+    print(
+        f"brain fraction by mm below the highest brain slice: mean absolute difference to {one.series.nunique()} real series"
+        f" {(table.phantom - table.real).abs().mean():.3f}; low and high are the phantom's 10th and 90th percentile"
+    )
     print(table.round(3).to_string())
     a, b = looks.noise.dropna(), real.noise.dropna()
-    print("noise, HU, median [10th, 90th percentile]: " + ", ".join(
-        f"{name} {v.median():.2f} [{v.quantile(0.1):.2f}, {v.quantile(0.9):.2f}] (n {len(v)})" for name, v in (("phantom", a), ("real", b)))
-        + f"; Kolmogorov-Smirnov distance {ks_2samp(a, b).statistic:.3f}")
+    print(
+        "noise, HU, median [10th, 90th percentile]: "
+        + ", ".join(
+            f"{name} {v.median():.2f} [{v.quantile(0.1):.2f}, {v.quantile(0.9):.2f}] (n {len(v)})"
+            for name, v in (("phantom", a), ("real", b))
+        )
+        + f"; Kolmogorov-Smirnov distance {ks_2samp(a, b).statistic:.3f}"
+    )
 
 
 def show_transfer(scores, real):
@@ -194,8 +231,10 @@ def show_transfer(scores, real):
         if 0 < y.sum() < len(y):
             k = LABELS.index(label)
             series = (size == size.max()).to_numpy()
-            print(f"  {label:16s} AUC {roc_auc_score(y, scores[:, k]):.3f}  n {len(y)}, {y.sum()} positive;"
-                  f"  within the series {roc_auc_score(y[series], scores[series, k]):.3f}  n {series.sum()}")
+            print(
+                f"  {label:16s} AUC {roc_auc_score(y, scores[:, k]):.3f}  n {len(y)}, {y.sum()} positive;"
+                f"  within the series {roc_auc_score(y[series], scores[series, k]):.3f}  n {series.sum()}"
+            )
     p = 1 / (1 + np.exp(-scores[:, LABELS.index("any")]))
     drawn = real.assign(p=p)[size == size.max()].sort_values("z_mm")
     print("  along the series, from the skull base up: p(any), and the labels")
@@ -203,7 +242,9 @@ def show_transfer(scores, real):
         names = ", ".join(s for s in LABELS[:-1] if getattr(row, s))
         print(f"  {row.z_mm:7.1f} mm {row.p:.2f} {'#' * round(row.p * 40):40s} {names}")
     single = p[(size == 1).to_numpy()]
-    print(f"  the {len(single)} single slices, all without bleeding: p(any) {' '.join(f'{v:.2f}' for v in np.sort(single))}")
+    print(
+        f"  the {len(single)} single slices, all without bleeding: p(any) {' '.join(f'{v:.2f}' for v in np.sort(single))}"
+    )
 
 
 def main():
@@ -221,7 +262,9 @@ def main():
         cores = len(os.sched_getaffinity(0))
         print(f"{len(truth)} slices, {args.patients} patients, any {truth['any'].mean():.3f}")
         used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-        print(f"made in {seconds:.1f} s, {len(truth) / seconds / cores:.1f} slices/s/core on {cores} cores; {len(truth) / used:.1f} a second of processor time")
+        print(
+            f"made in {seconds:.1f} s, {len(truth) / seconds / cores:.1f} slices/s/core on {cores} cores; {len(truth) / used:.1f} a second of processor time"
+        )
     y, patients = truth["any"].to_numpy(), truth.PatientID.to_numpy()
     folds = list(GroupKFold(4).split(x, y, patients))
     blood = histograms[:, (BINS[:-1] >= 50) & (BINS[:-1] < 90)].sum(1)
@@ -230,7 +273,9 @@ def main():
     scores = {
         "header, gradient-boosted tree": cross_val_predict(tree, headers, y, cv=folds, method="predict_proba")[:, 1],
         "pixels of 50 to 90 HU, count": blood,
-        "histogram, logistic regression": cross_val_predict(linear, np.sqrt(histograms), y, cv=folds, method="decision_function"),
+        "histogram, logistic regression": cross_val_predict(
+            linear, np.sqrt(histograms), y, cv=folds, method="decision_function"
+        ),
     }
     start = time.perf_counter()
     x_real, real = read_real(Path(args.real) / "rsna") if args.real else (np.zeros((0, 96, 96)), None)

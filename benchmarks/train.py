@@ -139,24 +139,44 @@ def flops_of_step(learner, device):
 
 def measure(arch, size, channels, cohort, cache, device, options):
     "Seconds of each turn, as a row of results."
-    batch, steps = (options.batch or 64, options.steps or 50) if device == "cuda" else (options.batch or 32, options.steps or 10)
+    batch, steps = (
+        (options.batch or 64, options.steps or 50) if device == "cuda" else (options.batch or 32, options.steps or 10)
+    )
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    few = pd.concat([cohort[cohort["fold"] != 0], cohort[cohort["fold"] == 0].head(8)], ignore_index=True)  # a short validation: only training is timed
+    few = pd.concat(
+        [cohort[cohort["fold"] != 0], cohort[cohort["fold"] == 0].head(8)], ignore_index=True
+    )  # a short validation: only training is timed
     dls = slice_loaders(
-        few, cache, 0, image_size=size, windows=named_windows(list(WINDOWS)), neighbors=(channels // len(WINDOWS) - 1) // 2, batch_size=batch,
-        epoch_size=batch * steps, device=device,
+        few,
+        cache,
+        0,
+        image_size=size,
+        windows=named_windows(list(WINDOWS)),
+        neighbors=(channels // len(WINDOWS) - 1) // 2,
+        batch_size=batch,
+        epoch_size=batch * steps,
+        device=device,
     )
     turns = Turns(device, steps)
     loss = make_loss(loss_weights(few, "inverse"), device=device)
-    learner = make_learner(dls, build_model(arch, channels), loss, [FollowEpochs(), Journal(), StopOnNonFinite(), turns])
+    learner = make_learner(
+        dls, build_model(arch, channels), loss, [FollowEpochs(), Journal(), StopOnNonFinite(), turns]
+    )
     flops = flops_of_step(learner, device)
     learner.fit_one_cycle(options.rounds + 1, 1e-4)
-    ours, resident = (statistics.median(seconds[1:]) / steps for seconds in (turns.end_to_end, turns.resident))  # the first turn warms up
+    ours, resident = (
+        statistics.median(seconds[1:]) / steps for seconds in (turns.end_to_end, turns.resident)
+    )  # the first turn warms up
     return {
-        "images_per_s": round(batch / ours, 1), "resident_images_per_s": round(batch / resident, 1), "ratio": round(resident / ours, 4),
-        "share_of_matmul_rate": round(flops / ours / options.matmul, 3), "peak_memory_mb": round(turns.memory), "batch": batch, "steps": steps,
+        "images_per_s": round(batch / ours, 1),
+        "resident_images_per_s": round(batch / resident, 1),
+        "ratio": round(resident / ours, 4),
+        "share_of_matmul_rate": round(flops / ours / options.matmul, 3),
+        "peak_memory_mb": round(turns.memory),
+        "batch": batch,
+        "steps": steps,
     }
 
 
@@ -166,9 +186,16 @@ def measure_steps(options):
         print("no GPU here, or not asked for: the figures are the CPU's, nothing was measured on CUDA", file=sys.stderr)
     options.matmul = matmul_rate(device)
     about = {
-        "date": datetime.date.today().isoformat(), "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        "python": platform.python_version(), "torch": torch.__version__, "dtype": "bf16" if device == "cuda" else "fp32", "rounds": options.rounds,
-        "matmul_tflops": round(options.matmul / 1e12, 3), "ratio_wanted": WANTED[device],
+        "date": datetime.date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dtype": "bf16" if device == "cuda" else "fp32",
+        "rounds": options.rounds,
+        "matmul_tflops": round(options.matmul / 1e12, 3),
+        "ratio_wanted": WANTED[device],
     }
     with tempfile.TemporaryDirectory() as scratch:
         for size in SIZES[device]:
@@ -180,7 +207,9 @@ def measure_steps(options):
                         row = measure(arch, size, channels, cohort, run_dir / "cache", device, options)
                     except torch.OutOfMemoryError:
                         row = {"error": "out of memory: give a smaller --batch"}
-                    print(json.dumps({"arch": arch, "image_size": size, "channels": channels} | row | about), flush=True)
+                    print(
+                        json.dumps({"arch": arch, "image_size": size, "channels": channels} | row | about), flush=True
+                    )
 
 
 def write_pngs(rows, cache, folder, size):
@@ -204,8 +233,11 @@ def train_fastai(training, held_out, folder, options, seed):
     set_seed(seed)
     rows = pd.concat([training, held_out], ignore_index=True)
     block = DataBlock(
-        blocks=(ImageBlock, MultiCategoryBlock(encoded=True, vocab=list(LABELS))), get_x=lambda r: folder / f"{r['SOPInstanceUID']}.png",
-        get_y=lambda r: r[list(LABELS)].to_list(), splitter=IndexSplitter(range(len(training), len(rows))), batch_tfms=aug_transforms(),
+        blocks=(ImageBlock, MultiCategoryBlock(encoded=True, vocab=list(LABELS))),
+        get_x=lambda r: folder / f"{r['SOPInstanceUID']}.png",
+        get_y=lambda r: r[list(LABELS)].to_list(),
+        splitter=IndexSplitter(range(len(training), len(rows))),
+        batch_tfms=aug_transforms(),
     )
     dls = block.dataloaders(rows, bs=options.batch or 32, device=torch.device("cpu"))
     learner = vision_learner(dls, options.arch, n_out=len(LABELS), pretrained=False, loss_func=BCEWithLogitsLossFlat())
@@ -221,8 +253,17 @@ def train_ours(run_dir, options, seed, epoch_size):
     "The same of `fit`, its files written."
     start = time.perf_counter()
     table = fit(
-        run_dir, arm="undersample+none", arch=options.arch, image_size=options.size, windows=list(WINDOWS), neighbors=0, batch_size=options.batch or 32,
-        epochs=options.epochs, epoch_size=epoch_size, lr=options.lr, seed=seed,
+        run_dir,
+        arm="undersample+none",
+        arch=options.arch,
+        image_size=options.size,
+        windows=list(WINDOWS),
+        neighbors=0,
+        batch_size=options.batch or 32,
+        epochs=options.epochs,
+        epoch_size=epoch_size,
+        lr=options.lr,
+        seed=seed,
     )
     seconds = time.perf_counter() - start
     seen = json.loads((run_dir / "model" / "model.json").read_text())["training"]["folds"][0]["images_seen"]
@@ -235,10 +276,16 @@ def versus_fastai(options):
         cohort = make_run(make_phantom(scratch / "data", options.patients), scratch / "run", 256)
         training, held_out = training_rows(cohort, 0, "undersample")[0], cohort[cohort["fold"] == 0]
         (scratch / "png").mkdir()
-        write_pngs(pd.concat([training, held_out]), open_cache(scratch / "run" / "cache"), scratch / "png", options.size)
+        write_pngs(
+            pd.concat([training, held_out]), open_cache(scratch / "run" / "cache"), scratch / "png", options.size
+        )
         batch = options.batch or 32
-        print(f"{options.arch}, {options.size} px, {options.epochs} epochs of {len(training) // batch} batches of {batch}; CPU, {os.cpu_count()} cores, torch {torch.__version__}")
-        print(f"held out: {len(held_out)} synthetic slices of {held_out['PatientID'].nunique()} patients, prevalence of any {held_out['any'].mean():.3f}")
+        print(
+            f"{options.arch}, {options.size} px, {options.epochs} epochs of {len(training) // batch} batches of {batch}; CPU, {os.cpu_count()} cores, torch {torch.__version__}"
+        )
+        print(
+            f"held out: {len(held_out)} synthetic slices of {held_out['PatientID'].nunique()} patients, prevalence of any {held_out['any'].mean():.3f}"
+        )
         seconds = {"ours": [], "fastai": []}
         for seed in range(options.rounds):
             results = {
@@ -249,9 +296,14 @@ def versus_fastai(options):
                 seconds[name].append(time_taken)
                 table = metrics_table(held_out[list(LABELS)].to_numpy(), p, held_out["PatientID"].to_numpy())
                 auc = table[(table["label"] == "any") & (table["metric"] == "auc")].iloc[0]
-                print(f"round {seed + 1} {name:>6}: {time_taken:6.1f} s for {seen:,} images; AUC of any {auc.value:.3f} ({auc.low:.3f} to {auc.high:.3f})", flush=True)
+                print(
+                    f"round {seed + 1} {name:>6}: {time_taken:6.1f} s for {seen:,} images; AUC of any {auc.value:.3f} ({auc.low:.3f} to {auc.high:.3f})",
+                    flush=True,
+                )
     ours, peer = (statistics.median(s) for s in seconds.values())
-    print(f"median: ours {ours:.1f} s, fastai {peer:.1f} s: {peer / ours:.2f} times as fast. AUC with 95% intervals, by patient; of a phantom, so no claim about patients")
+    print(
+        f"median: ours {ours:.1f} s, fastai {peer:.1f} s: {peer / ours:.2f} times as fast. AUC with 95% intervals, by patient; of a phantom, so no claim about patients"
+    )
 
 
 def main():

@@ -31,7 +31,11 @@ def input_addresses(
     neighbors: int,  # slices on each side, 0 to 2
 ) -> np.ndarray:  # (n, 2 * neighbors + 1) int64, from below to above
     "The cache addresses of each slice's input. Raises `InputError` for other numbers of neighbors."
-    columns = {0: ["address"], 1: ["previous", "address", "next"], 2: ["previous_2", "previous", "address", "next", "next_2"]}
+    columns = {
+        0: ["address"],
+        1: ["previous", "address", "next"],
+        2: ["previous_2", "previous", "address", "next", "next_2"],
+    }
     if neighbors not in columns:
         raise InputError(f"neighbors={neighbors}: must be 0, 1 or 2")
     assert set(columns[2]) == {"address", *NEIGHBORS}
@@ -47,7 +51,9 @@ def resize_hu(
         return hu
     how = cv2.INTER_AREA if size < hu.shape[-1] else cv2.INTER_LINEAR
     out = torch.empty(*hu.shape[:-2], size, size, dtype=hu.dtype)
-    for source, target in zip(hu.cpu().numpy().reshape(-1, *hu.shape[-2:]), out.numpy().reshape(-1, size, size), strict=True):
+    for source, target in zip(
+        hu.cpu().numpy().reshape(-1, *hu.shape[-2:]), out.numpy().reshape(-1, size, size), strict=True
+    ):
         cv2.resize(source, (size, size), dst=target, interpolation=how)
     return out.to(hu.device)
 
@@ -57,6 +63,7 @@ AIR = -1000.0  # HU
 # %% ../nbs/10_batches.ipynb #10-015
 class Augment(NamedTuple):
     "How much training slices are changed, at most. Validation slices never are."
+
     flip: float = 0.5  # share of slices mirrored left to right
     degrees: float = 10.0  # rotation
     zoom: float = 0.1  # relative change of scale
@@ -102,8 +109,12 @@ def move_slices(
     "The slices moved, all channels of one alike; air comes in from outside."
     grid = source_points(maps, *hu.shape[-2:])
     if elastic is not None:
-        grid = grid + 2 * F.interpolate(elastic, size=hu.shape[-2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
-    return F.grid_sample(torch.sub(hu, AIR), grid.to(torch.float32), mode="bilinear", padding_mode="zeros", align_corners=False).add_(AIR)
+        grid = grid + 2 * F.interpolate(elastic, size=hu.shape[-2:], mode="bicubic", align_corners=True).permute(
+            0, 2, 3, 1
+        )
+    return F.grid_sample(
+        torch.sub(hu, AIR), grid.to(torch.float32), mode="bilinear", padding_mode="zeros", align_corners=False
+    ).add_(AIR)
 
 # %% ../nbs/10_batches.ipynb #10-024
 def add_noise(
@@ -169,12 +180,27 @@ class SliceBatches:
         if batch_size % processes:
             raise InputError(f"batch_size={batch_size}: must be a multiple of the {processes} processes")
         self.cache, self.addresses = open_cache(cache_dir), input_addresses(cohort, neighbors)
-        self.labels, self.ids = torch.tensor(cohort[list(LABELS)].to_numpy(np.float32)), cohort["SOPInstanceUID"].to_numpy()
+        self.labels, self.ids = (
+            torch.tensor(cohort[list(LABELS)].to_numpy(np.float32)),
+            cohort["SOPInstanceUID"].to_numpy(),
+        )
         self.image_size, self.windows, self.augment, self.train, self.seed = image_size, windows, augment, train, seed
-        self.bs, self.rank, self.processes, self.device, self.epoch = batch_size, rank, processes, torch.device(device), 0
+        self.bs, self.rank, self.processes, self.device, self.epoch = (
+            batch_size,
+            rank,
+            processes,
+            torch.device(device),
+            0,
+        )
         n = epoch_size or len(cohort)
         self.n_batches = max(1, round(n / batch_size)) if train else -(-n // batch_size)
-        self.dataset, self.n, self.buffers, self.copied, self.field = self.addresses, len(cohort), [None, None], [None, None], None
+        self.dataset, self.n, self.buffers, self.copied, self.field = (
+            self.addresses,
+            len(cohort),
+            [None, None],
+            [None, None],
+            None,
+        )
 
     def __len__(self) -> int:
         return self.n_batches
@@ -224,13 +250,17 @@ class SliceBatches:
     def noise(self, shape: tuple) -> torch.Tensor:  # (c, 2 * H, 2 * W) float32
         "The noise field of this seed, drawn once."
         if self.field is None or self.field.shape[0] != shape[0] or self.field.device != self.device:
-            self.field = torch.randn(shape[0], *(2 * side for side in shape[1:]), generator=torch.Generator().manual_seed(self.seed)).to(self.device)
+            self.field = torch.randn(
+                shape[0], *(2 * side for side in shape[1:]), generator=torch.Generator().manual_seed(self.seed)
+            ).to(self.device)
         return self.field
 
     def change(self, hu: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         "Augmented HU, and the jitter for the windows."
         a, u = self.augment, self.draw(batch)
-        elastic = (u[:, 8:] * a.elastic).reshape(-1, 2, ELASTIC_POINTS, ELASTIC_POINTS).to(self.device) if a.elastic else None
+        elastic = (
+            (u[:, 8:] * a.elastic).reshape(-1, 2, ELASTIC_POINTS, ELASTIC_POINTS).to(self.device) if a.elastic else None
+        )
         hu = move_slices(hu, affine_maps(u, a).to(self.device), elastic)
         if a.noise_hu:
             hu = add_noise(hu, self.noise(hu.shape[1:]), u[:, 8:10], u[:, 5] * a.noise_hu)
@@ -261,13 +291,17 @@ def training_rows(
     cohort: pd.DataFrame,  # as notebook 08 writes it
     valid_fold: int,  # the held-out fold
     balance: str,  # "undersample" or "none"
-) -> tuple[pd.DataFrame, float]:  # the training slices; share of the clean any=0 slices that is kept, 1 without undersampling
+) -> tuple[
+    pd.DataFrame, float
+]:  # the training slices; share of the clean any=0 slices that is kept, 1 without undersampling
     "The slices to train on. Raises `InputError` when there are none."
     if balance not in ("undersample", "none"):
         raise InputError(f"balance={balance}: must be undersample or none")
     clean = cohort[(cohort["fold"] != valid_fold) & cohort["clean"]]
     if clean.empty:
-        raise InputError(f"fold {valid_fold}: no training slice is left outside it; there are too few patients for the folds")
+        raise InputError(
+            f"fold {valid_fold}: no training slice is left outside it; there are too few patients for the folds"
+        )
     sample = clean[clean["in_sample"]]
     if balance == "none" or sample["any"].nunique() < 2:
         return clean, 1.0
@@ -298,7 +332,14 @@ def slice_loaders(
     common = dict(image_size=image_size, windows=windows, neighbors=neighbors, batch_size=batch_size, seed=seed)
     common |= dict(device=device, rank=rank, processes=processes)
     epoch_size = epoch_size or len(training_rows(cohort, valid_fold, "undersample")[0])
-    train = SliceBatches(training_rows(cohort, valid_fold, balance)[0], cache_dir, train=True, augment=augment, epoch_size=epoch_size, **common)
+    train = SliceBatches(
+        training_rows(cohort, valid_fold, balance)[0],
+        cache_dir,
+        train=True,
+        augment=augment,
+        epoch_size=epoch_size,
+        **common,
+    )
     valid = SliceBatches(cohort[cohort["fold"] == valid_fold], cache_dir, train=False, **common)
     return DataLoaders(train, valid, device=torch.device(device))
 
@@ -318,7 +359,11 @@ def plot_batch(
     for ax, image, labels in zip(axes.flat, x, y, strict=False):
         tiles = image.reshape(slices, len(windows), *image.shape[-2:]).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
         ax.imshow(tiles.cpu().float(), vmin=-1, vmax=1)
-        ax.set(xticks=[], yticks=[], title=", ".join(name for name, on in zip(SUBTYPES, labels, strict=False) if on) or "no hemorrhage")
+        ax.set(
+            xticks=[],
+            yticks=[],
+            title=", ".join(name for name, on in zip(SUBTYPES, labels, strict=False) if on) or "no hemorrhage",
+        )
         ax.title.set_fontsize(7)
     axes[0, 0].set_yticks([(k + 0.5) * x.shape[2] for k in range(len(windows))], windows, rotation=90, va="center")
     return fig

@@ -63,9 +63,11 @@ class Decoder:
     def __init__(self):
         self.process = self.pipe = None
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
-    def __exit__(self, *_): self.close()
+    def __exit__(self, *_):
+        self.close()
 
     def close(self) -> None:
         "End the helper process."
@@ -82,7 +84,9 @@ class Decoder:
         self.pipe, theirs = Pipe()
         home = str(Path(ich_fastai.__file__).parents[1])
         code = f"import sys; sys.path.insert(0, {home!r}); from ich_fastai.cache import serve_decoder; serve_decoder({theirs.fileno()})"
-        quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # the decoders chatter
+        quiet = dict(
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )  # the decoders chatter
         with theirs:
             self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], **quiet)
 
@@ -138,11 +142,29 @@ SHARD_ROWS = 1024
 
 # %% ../nbs/06_cache.ipynb #06-020
 COLUMNS = {
-    "file": "string", "SOPInstanceUID": "string", "PatientID": "string", "StudyInstanceUID": "string", "SeriesInstanceUID": "string",
-    "z_mm": "float64", "rows": "Int32", "columns": "Int32", "pixel_spacing_row_mm": "float64", "pixel_spacing_column_mm": "float64",
-    "BitsStored": "Int16", "PixelRepresentation": "Int8", "slope": "float64", "intercept": "float64", "slope_stored": "float64",
-    "intercept_stored": "float64", "repaired": "boolean", "brain_fraction": "float64", "bytes": "Int64", "modified_ns": "Int64",
-    "shard": "Int32", "row": "Int32", "error": "string",
+    "file": "string",
+    "SOPInstanceUID": "string",
+    "PatientID": "string",
+    "StudyInstanceUID": "string",
+    "SeriesInstanceUID": "string",
+    "z_mm": "float64",
+    "rows": "Int32",
+    "columns": "Int32",
+    "pixel_spacing_row_mm": "float64",
+    "pixel_spacing_column_mm": "float64",
+    "BitsStored": "Int16",
+    "PixelRepresentation": "Int8",
+    "slope": "float64",
+    "intercept": "float64",
+    "slope_stored": "float64",
+    "intercept_stored": "float64",
+    "repaired": "boolean",
+    "brain_fraction": "float64",
+    "bytes": "Int64",
+    "modified_ns": "Int64",
+    "shard": "Int32",
+    "row": "Int32",
+    "error": "string",
 }
 
 # %% ../nbs/06_cache.ipynb #06-021
@@ -181,13 +203,18 @@ def _write_pixels(path: Path, files, size: int, rows: list, tick) -> None:
         _write_header(f, n, size)
 
 # %% ../nbs/06_cache.ipynb #06-026
-SCHEMA = pa.Schema.from_pandas(pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in COLUMNS.items()}), preserve_index=False)
+SCHEMA = pa.Schema.from_pandas(
+    pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in COLUMNS.items()}), preserve_index=False
+)
+
 
 def make_table(
     rows: list[dict],  # of `read_row`
 ) -> pa.Table:  # SCHEMA
     "The rows as a table. By Arrow: a frame made of rows with gaps would round the large integers."
-    columns = [pa.array([row.get(field.name) for row in rows], field.type, from_pandas=True) for field in SCHEMA]  # NaN is null
+    columns = [
+        pa.array([row.get(field.name) for row in rows], field.type, from_pandas=True) for field in SCHEMA
+    ]  # NaN is null
     return pa.table(columns, SCHEMA)
 
 # %% ../nbs/06_cache.ipynb #06-029
@@ -233,13 +260,17 @@ def save_settings(
     size: int,  # px
 ) -> None:
     "Write `cache.json`: what every reader of the cache must know."
-    about = {"size": size, "dtype": "int16", "unit": "HU", "shard_rows": SHARD_ROWS, "resize": "OpenCV INTER_AREA; INTER_LINEAR where a side grows"}
+    about = {
+        "size": size,
+        "dtype": "int16",
+        "unit": "HU",
+        "shard_rows": SHARD_ROWS,
+        "resize": "OpenCV INTER_AREA; INTER_LINEAR where a side grows",
+    }
     write_file(Path(cache_dir) / "cache.json", lambda p: p.write_text(json.dumps(about, indent=1) + "\n"))
 
 # %% ../nbs/06_cache.ipynb #06-036
-def read_size(
-    cache_dir: str | Path,
-) -> int:  # px, side of the cached slices
+def read_size(cache_dir: str | Path) -> int:  # px, side of the cached slices
     "What `cache.json` says. Raises `InputError` where it cannot be read."
     path = Path(cache_dir) / "cache.json"
     try:

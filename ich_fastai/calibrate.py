@@ -70,7 +70,9 @@ def split_patients(
 def fit_platt(
     x: np.ndarray,  # (n,) logits
     y: np.ndarray,  # (n,) 0 or 1
-) -> tuple[float, float]:  # slope, intercept; 1, 0 (leave as it is) without positives or negatives, or where the scores are inverted
+) -> tuple[
+    float, float
+]:  # slope, intercept; 1, 0 (leave as it is) without positives or negatives, or where the scores are inverted
     "Platt's calibration map: probability = expit(slope * x + intercept)."
     n_pos, n_neg = int(y.sum()), int(len(y) - y.sum())
     if not n_pos or not n_neg:
@@ -128,7 +130,9 @@ def fit_decisions(
         present_from = conformal_bound(xk[yk], patients[yk], coverage, seed)
         absent_to = -conformal_bound(-xk[~yk], patients[~yk], coverage, seed)
         rows[label] = (slope[k], intercept[k], threshold_for(p[yk, k], sensitivity), present_from, absent_to)
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["slope", "intercept", "threshold", "present_from", "absent_to"])
+    return pd.DataFrame.from_dict(
+        rows, orient="index", columns=["slope", "intercept", "threshold", "present_from", "absent_to"]
+    )
 
 # %% ../nbs/21_calibrate.ipynb #21-030
 def cross_fit(
@@ -140,7 +144,12 @@ def cross_fit(
 ) -> dict:  # p, threshold (n, 6) float; present, absent (n, 6) bool: is the value in the conformal set?
     "Each part's probabilities, thresholds and sets, fitted on the patients of the other parts; nan where there are none."
     patients = np.asarray(patients)
-    out = {"p": np.full(x.shape, np.nan), "threshold": np.full(x.shape, np.nan), "present": np.ones(x.shape, bool), "absent": np.ones(x.shape, bool)}
+    out = {
+        "p": np.full(x.shape, np.nan),
+        "threshold": np.full(x.shape, np.nan),
+        "present": np.ones(x.shape, bool),
+        "absent": np.ones(x.shape, bool),
+    }
     for k in np.unique(part):
         here, others = part == k, part != k
         if not others.any():
@@ -165,7 +174,10 @@ def score_levels(
     levels = {}
     for level, key in (("slice", np.arange(len(predictions))), ("study", study)):
         first = pd.DataFrame({"key": key}).drop_duplicates("key").index
-        y, raw_k, x_k = (pd.DataFrame(a).groupby(key).max().to_numpy() for a in (predictions[list(LABELS)].to_numpy(np.int64), raw, x))
+        y, raw_k, x_k = (
+            pd.DataFrame(a).groupby(key).max().to_numpy()
+            for a in (predictions[list(LABELS)].to_numpy(np.int64), raw, x)
+        )
         patients, fold = predictions["PatientID"].to_numpy()[first], predictions["fold"].to_numpy()[first]
         part = split_patients(fold, patients, y[:, -1])
         given = {"y": y, "patients": patients, "x": x_k, "part": part, "raw": expit(raw_k), "corrected": expit(x_k)}

@@ -28,7 +28,9 @@ def join_labels(
         raise InputError(
             f"none of the {len(slices):,} DICOM files ({len(good):,} readable) has a label among {len(labels):,}: do the label CSV and the folder belong together?"
         )
-    return joined.sort_values(["PatientID", "StudyInstanceUID", "SeriesInstanceUID", "z_mm", "SOPInstanceUID"], ignore_index=True)
+    return joined.sort_values(
+        ["PatientID", "StudyInstanceUID", "SeriesInstanceUID", "z_mm", "SOPInstanceUID"], ignore_index=True
+    )
 
 # %% ../nbs/08_cohort.ipynb #08-010
 NEIGHBORS = {"previous_2": -2, "previous": -1, "next": 1, "next_2": 2}
@@ -38,7 +40,11 @@ def find_neighbors(
     slices: pd.DataFrame,  # a row per DICOM file
 ) -> pd.DataFrame:  # index SOPInstanceUID; position (0 at the lowest z), address and four neighbors' addresses (int64)
     "Where each readable slice and its neighbors are in the cache: address = shard * SHARD_ROWS + row."
-    good = slices[slices["error"].isna()].drop_duplicates("SOPInstanceUID").sort_values(["SeriesInstanceUID", "z_mm", "SOPInstanceUID"])
+    good = (
+        slices[slices["error"].isna()]
+        .drop_duplicates("SOPInstanceUID")
+        .sort_values(["SeriesInstanceUID", "z_mm", "SOPInstanceUID"])
+    )
     series = good["SeriesInstanceUID"].to_numpy()
     starts = np.flatnonzero(np.r_[True, series[1:] != series[:-1]]) if len(good) else np.array([], int)
     sizes = np.diff(np.r_[starts, len(good)])
@@ -46,7 +52,9 @@ def find_neighbors(
     i = np.arange(len(good))
     address = good["shard"].to_numpy("int64") * SHARD_ROWS + good["row"].to_numpy("int64")
     columns = {name: address[np.clip(i + step, first, last)] for name, step in NEIGHBORS.items()}
-    return pd.DataFrame({"position": (i - first).astype("int32"), "address": address, **columns}, index=pd.Index(good["SOPInstanceUID"]))
+    return pd.DataFrame(
+        {"position": (i - first).astype("int32"), "address": address, **columns}, index=pd.Index(good["SOPInstanceUID"])
+    )
 
 # %% ../nbs/08_cohort.ipynb #08-014
 def assign_folds(
@@ -76,9 +84,15 @@ def plot_brain_fraction(
     bins = np.linspace(0, max(0.4, cohort["brain_fraction"].max()), 41)
     for value, name in ((0, "no hemorrhage"), (1, "hemorrhage")):
         x = cohort.loc[cohort["any"] == value, "brain_fraction"]
-        ax.hist(x, bins=bins, histtype="step", lw=1.8, label=f"{name} (n = {len(x):,})", color=("#999999", "#D55E00")[value])
+        ax.hist(
+            x, bins=bins, histtype="step", lw=1.8, label=f"{name} (n = {len(x):,})", color=("#999999", "#D55E00")[value]
+        )
     ax.axvline(min_brain_fraction, color="black", ls=":", lw=1)
-    ax.set(xlabel="brain fraction: share of pixels in 0 to 80 HU", ylabel="slices", title=f"Training keeps slices right of {min_brain_fraction:g}")
+    ax.set(
+        xlabel="brain fraction: share of pixels in 0 to 80 HU",
+        ylabel="slices",
+        title=f"Training keeps slices right of {min_brain_fraction:g}",
+    )
     ax.legend()
     return fig
 
@@ -96,17 +110,27 @@ def flow_table(
     cohort: pd.DataFrame,  # as `make_cohort` gives it
 ) -> pd.DataFrame:  # index step; slices, patients (null where unknown), positives (any=1)
     "What is left after each step, from the labels to the training sample."
-    ids = slices["SOPInstanceUID"].fillna(slices["file"].str.rpartition(".")[0])  # an unreadable file has its name alone
+    ids = slices["SOPInstanceUID"].fillna(
+        slices["file"].str.rpartition(".")[0]
+    )  # an unreadable file has its name alone
     has_file = labels[labels.index.isin(ids)]
     steps = {
         "labelled": (len(labels), None, labels["any"].sum()),
         "with a file": (len(has_file), None, has_file["any"].sum()),
     }
-    kept = {"readable, not excluded": slice(None), "after cleaning": cohort["clean"], "after undersampling": cohort["in_sample"]}
+    kept = {
+        "readable, not excluded": slice(None),
+        "after cleaning": cohort["clean"],
+        "after undersampling": cohort["in_sample"],
+    }
     for name, rows in kept.items():
         part = cohort.loc[rows]
         steps[name] = (len(part), part["PatientID"].nunique(), part["any"].sum())
-    return pd.DataFrame.from_dict(steps, orient="index", columns=["slices", "patients", "positives"]).astype("Int64").rename_axis("step")
+    return (
+        pd.DataFrame.from_dict(steps, orient="index", columns=["slices", "patients", "positives"])
+        .astype("Int64")
+        .rename_axis("step")
+    )
 
 # %% ../nbs/08_cohort.ipynb #08-026
 def plot_flow(

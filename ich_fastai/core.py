@@ -13,21 +13,23 @@ from pathlib import Path
 import pandas as pd
 from fastcore.script import CliError
 
-# %% ../nbs/00_core.ipynb #00-006
+# %% ../nbs/00_core.ipynb #00-005
 class InputError(CliError, ValueError):
     "A mistake in what the user gave: the message names the file and what to do about it."
 
-# %% ../nbs/00_core.ipynb #00-007
+# %% ../nbs/00_core.ipynb #00-006
 def project_dir() -> Path:  # the clone that holds nbs/, params/ and data/
     "The folder of the project. Raises `InputError` where the package was installed without its notebooks."
     import ich_fastai
 
     folder = Path(ich_fastai.__file__).resolve().parents[1]
     if not (folder / "params").is_dir():
-        raise InputError("ich_fastai is installed without its notebooks: clone the repository and run `make reproduce` there")
+        raise InputError(
+            "ich_fastai is installed without its notebooks: clone the repository and run `make reproduce` there"
+        )
     return folder
 
-# %% ../nbs/00_core.ipynb #00-009
+# %% ../nbs/00_core.ipynb #00-008
 def write_file(
     path: str | Path,  # where the file shall be; its folder is made
     write,  # called with a temporary path in the same folder; writes the file there
@@ -40,13 +42,15 @@ def write_file(
         write(tmp)
         tmp.replace(path)
     except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror or e}); choose another output folder or free some space") from e
+        raise InputError(
+            f"{path}: cannot be written ({e.strerror or e}); choose another output folder or free some space"
+        ) from e
     finally:
         if tmp.parent.is_dir():
             tmp.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_core.ipynb #00-010
+# %% ../nbs/00_core.ipynb #00-009
 def save_table(
     table: pd.DataFrame,  # any table; the index is written as the first columns when it has a name
     path: str | Path,  # .csv or .parquet
@@ -57,7 +61,7 @@ def save_table(
         return write_file(path, lambda p: table.to_parquet(p, index=index))
     return write_file(path, lambda p: table.to_csv(p, index=index))
 
-# %% ../nbs/00_core.ipynb #00-011
+# %% ../nbs/00_core.ipynb #00-010
 def save_figure(
     fig,  # a matplotlib Figure
     path: str | Path,  # .svg for plots, .png for CT images
@@ -65,15 +69,22 @@ def save_figure(
     "`path`, the figure written by its suffix; the same figure gives the same bytes."
     suffix = Path(path).suffix
     metadata = {"Date": None} if suffix == ".svg" else None
-    return write_file(path, lambda p: fig.savefig(p, format=suffix[1:], metadata=metadata, bbox_inches="tight", dpi=110))
+    return write_file(
+        path, lambda p: fig.savefig(p, format=suffix[1:], metadata=metadata, bbox_inches="tight", dpi=110)
+    )
 
-# %% ../nbs/00_core.ipynb #00-013
+# %% ../nbs/00_core.ipynb #00-012
 MAKERS = {
-    "labels.parquet": "01_labels", "slices.parquet": "07_ingest", "cache": "07_ingest", "cohort.parquet": "08_cohort",
-    "predictions.parquet": "12_train", "model/model.json": "12_train", "metrics.csv": "22_evaluate",
+    "labels.parquet": "01_labels",
+    "slices.parquet": "07_ingest",
+    "cache": "07_ingest",
+    "cohort.parquet": "08_cohort",
+    "predictions.parquet": "12_train",
+    "model/model.json": "12_train",
+    "metrics.csv": "22_evaluate",
 }
 
-# %% ../nbs/00_core.ipynb #00-014
+# %% ../nbs/00_core.ipynb #00-013
 def stage_file(
     run_dir: str | Path,  # the run's folder
     name: str,  # a key of MAKERS
@@ -84,21 +95,31 @@ def stage_file(
         raise InputError(f"{path}: not there; notebook {MAKERS[name]} makes it, run that first on the same run_dir")
     return path
 
-# %% ../nbs/00_core.ipynb #00-016
+# %% ../nbs/00_core.ipynb #00-015
 COLORS = ("#E69F00", "#D55E00", "#CC79A7", "#009E73", "#0072B2", "#000000")
 
-# %% ../nbs/00_core.ipynb #00-017
+# %% ../nbs/00_core.ipynb #00-016
 def set_style() -> None:
     "Set this project's one matplotlib style: small, plain, without chart junk."
     import matplotlib as mpl
 
-    mpl.rcParams.update({
-        "figure.dpi": 80, "figure.figsize": (6, 3.6), "figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 10,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": mpl.cycler(color=COLORS),
-        "image.cmap": "gray", "legend.frameon": False, "svg.hashsalt": "ich_fastai",
-    })
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 80,
+            "figure.figsize": (6, 3.6),
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.titlesize": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.prop_cycle": mpl.cycler(color=COLORS),
+            "image.cmap": "gray",
+            "legend.frameon": False,
+            "svg.hashsalt": "ich_fastai",
+        }
+    )
 
-# %% ../nbs/00_core.ipynb #00-019
+# %% ../nbs/00_core.ipynb #00-018
 def dashed(
     table: pd.DataFrame,
     digits: int = 3,  # of floats
@@ -106,14 +127,14 @@ def dashed(
     "The table as text, for people: what is missing is a dash."
     return table.map(lambda v: "–" if pd.isna(v) else f"{v:.{digits}f}" if isinstance(v, float) else str(v))
 
-# %% ../nbs/00_core.ipynb #00-020
+# %% ../nbs/00_core.ipynb #00-019
 def data_note(
     data_dir: str | Path | None,  # the dataset's folder
 ) -> str:  # for titles; "" for real data
     "Says of a phantom that it is one."
     return "synthetic data" if data_dir and (Path(data_dir) / "phantom.json").is_file() else ""
 
-# %% ../nbs/00_core.ipynb #00-021
+# %% ../nbs/00_core.ipynb #00-020
 def save_captioned(
     figures: dict[str, tuple],  # file name: (matplotlib Figure, caption)
     run_dir: str | Path,  # the run's folder

@@ -32,6 +32,7 @@ class DicomError(ValueError):
 # %% ../nbs/02_dicom.ipynb #02-011
 class Window(NamedTuple):
     "A display window."
+
     center: float  # HU
     width: float  # HU, above 0
 
@@ -84,16 +85,22 @@ MAX_BYTES = 64 << 20
 # %% ../nbs/02_dicom.ipynb #02-025
 def read_file(
     path: str | Path,  # any path
-    buffer: bytearray | mmap | None = None,  # read into this where it is large enough: saves the kernel from giving us new pages
+    buffer: bytearray
+    | mmap
+    | None = None,  # read into this where it is large enough: saves the kernel from giving us new pages
 ) -> tuple[memoryview, os.stat_result]:  # the file's bytes; its size and time, of the same moment
     "A file's bytes. Raises `DicomError` for what is not a readable file of reasonable size."
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not blocking: or a named pipe would wait for ever
+        fd = os.open(
+            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        )  # not blocking: or a named pipe would wait for ever
         try:
             about = os.fstat(fd)
             size = about.st_size
             if not stat.S_ISREG(about.st_mode):
-                raise DicomError("not a file: a folder" if stat.S_ISDIR(about.st_mode) else "not a file: a pipe, socket or device")
+                raise DicomError(
+                    "not a file: a folder" if stat.S_ISDIR(about.st_mode) else "not a file: a pipe, socket or device"
+                )
             if not 0 < size <= MAX_BYTES:
                 raise DicomError(f"file too large: {size} bytes" if size else "empty file")
             view = memoryview(buffer if buffer is not None and len(buffer) >= size else bytearray(size))[:size]
@@ -110,19 +117,39 @@ def read_file(
 
 # %% ../nbs/02_dicom.ipynb #02-028
 TAGS = {  # keyword: (tag, value representation), DICOM PS3.6
-    "SOPInstanceUID": (0x00080018, b"UI"), "Modality": (0x00080060, b"CS"), "PatientID": (0x00100020, b"LO"), "StudyInstanceUID": (0x0020000D, b"UI"),
-    "SeriesInstanceUID": (0x0020000E, b"UI"), "ImagePositionPatient": (0x00200032, b"DS"), "ImageOrientationPatient": (0x00200037, b"DS"),
-    "SamplesPerPixel": (0x00280002, b"US"), "PhotometricInterpretation": (0x00280004, b"CS"), "NumberOfFrames": (0x00280008, b"IS"),
-    "Rows": (0x00280010, b"US"), "Columns": (0x00280011, b"US"), "PixelSpacing": (0x00280030, b"DS"), "BitsAllocated": (0x00280100, b"US"),
-    "BitsStored": (0x00280101, b"US"), "HighBit": (0x00280102, b"US"), "PixelRepresentation": (0x00280103, b"US"),
-    "RescaleIntercept": (0x00281052, b"DS"), "RescaleSlope": (0x00281053, b"DS"), "PixelData": (0x7FE00010, b"OW"),
+    "SOPInstanceUID": (0x00080018, b"UI"),
+    "Modality": (0x00080060, b"CS"),
+    "PatientID": (0x00100020, b"LO"),
+    "StudyInstanceUID": (0x0020000D, b"UI"),
+    "SeriesInstanceUID": (0x0020000E, b"UI"),
+    "ImagePositionPatient": (0x00200032, b"DS"),
+    "ImageOrientationPatient": (0x00200037, b"DS"),
+    "SamplesPerPixel": (0x00280002, b"US"),
+    "PhotometricInterpretation": (0x00280004, b"CS"),
+    "NumberOfFrames": (0x00280008, b"IS"),
+    "Rows": (0x00280010, b"US"),
+    "Columns": (0x00280011, b"US"),
+    "PixelSpacing": (0x00280030, b"DS"),
+    "BitsAllocated": (0x00280100, b"US"),
+    "BitsStored": (0x00280101, b"US"),
+    "HighBit": (0x00280102, b"US"),
+    "PixelRepresentation": (0x00280103, b"US"),
+    "RescaleIntercept": (0x00281052, b"DS"),
+    "RescaleSlope": (0x00281053, b"DS"),
+    "PixelData": (0x7FE00010, b"OW"),
 }
 
 # %% ../nbs/02_dicom.ipynb #02-029
-GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")  # may be missing: then z_mm and spacing are null
+GEOMETRY = (
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+)  # may be missing: then z_mm and spacing are null
 
 # %% ../nbs/02_dicom.ipynb #02-031
-_SHORT = frozenset((b"", *b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()))  # PS3.5, table 7.1-2; b"" where implicit
+_SHORT = frozenset(
+    (b"", *b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
+)  # PS3.5, table 7.1-2; b"" where implicit
 _LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # table 7.1-1: of 4 bytes
 _EXPLICIT, _IMPLICIT, _U32 = struct.Struct("<HH2sH"), struct.Struct("<HHI"), struct.Struct("<I")
 _WANTED = {tag: (keyword, vr) for keyword, (tag, vr) in TAGS.items()}
@@ -135,7 +162,9 @@ def find_elements(
     pos: int,  # where the chain starts
     implicit: bool,  # without value representations
     stop: int,  # the tag to stop at: behind it for PixelData, before a tag of this group or later else
-) -> tuple[dict, int] | None:  # keyword: (offset, length), and where the chain stopped; None where something is not plain
+) -> (
+    tuple[dict, int] | None
+):  # keyword: (offset, length), and where the chain stopped; None where something is not plain
     "Where the elements of `TAGS` lie in a plain DICOM file."
     found, last, end, unpack = {}, 0, len(data), (_IMPLICIT if implicit else _EXPLICIT).unpack_from
     while pos + 8 <= end:
@@ -194,11 +223,15 @@ def _dataset_value(dataset, keyword: str, vr: bytes):
     return ("\\".join(map(str, value)) if several else str(value)).strip(" \0")
 
 # %% ../nbs/02_dicom.ipynb #02-036
-EXPLICIT_LE, IMPLICIT_LE, DEFLATED = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1.99"  # DICOM PS3.5, section 10 and annex A
+EXPLICIT_LE, IMPLICIT_LE, DEFLATED = (
+    "1.2.840.10008.1.2.1",
+    "1.2.840.10008.1.2",
+    "1.2.840.10008.1.2.1.99",
+)  # DICOM PS3.5, section 10 and annex A
 
 # %% ../nbs/02_dicom.ipynb #02-037
 def _find_syntax(data: memoryview) -> tuple[str, int]:
-    "The transfer syntax and where the dataset starts; "" where the file does not say. Raises `DicomError` for what is not DICOM."
+    "The transfer syntax and where the dataset starts;  where the file does not say. Raises `DicomError` for what is not DICOM."
     if bytes(data[128:132]) != b"DICM":
         raise DicomError("not a DICOM file: no DICM at byte 128")
     found, start = find_elements(data, 132, False, 0x00030000) or ({}, 0)
@@ -225,7 +258,11 @@ def walk_header(
                 header[keyword] = value
     except ValueError:
         return None
-    plain = header.get("BitsAllocated") == 16 and header.get("HighBit") == header.get("BitsStored", 0) - 1 and "PhotometricInterpretation" in header
+    plain = (
+        header.get("BitsAllocated") == 16
+        and header.get("HighBit") == header.get("BitsStored", 0) - 1
+        and "PhotometricInterpretation" in header
+    )
     return (header, pos) if plain and length == 2 * header.get("Rows", 0) * header.get("Columns", 0) else None
 
 # %% ../nbs/02_dicom.ipynb #02-040
@@ -236,7 +273,9 @@ def check_header(
     get = header.get
     modality, photometric = get("Modality"), get("PhotometricInterpretation", "")
     frames, samples = get("NumberOfFrames", 1), get("SamplesPerPixel", 1)
-    rows, columns, bits, stored, signed = (get(k, -1) for k in ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation"))
+    rows, columns, bits, stored, signed = (
+        get(k, -1) for k in ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")
+    )
     if modality != "CT":
         raise DicomError(f"not CT: Modality is {modality or 'missing'}")
     if frames != 1:
@@ -284,7 +323,9 @@ def _decode_plain(data: memoryview) -> tuple[dict, np.ndarray, None] | None:
     header, pos = walked
     check_header(header)
     rows, columns = header["Rows"], header["Columns"]
-    stored = np.frombuffer(data, "<i2" if header["PixelRepresentation"] else "<u2", rows * columns, pos).reshape(rows, columns)
+    stored = np.frombuffer(data, "<i2" if header["PixelRepresentation"] else "<u2", rows * columns, pos).reshape(
+        rows, columns
+    )
     return header, clear_unused_bits(stored, header["BitsStored"]), None
 
 # %% ../nbs/02_dicom.ipynb #02-047
@@ -333,7 +374,9 @@ def _decode_pydicom(data: memoryview) -> tuple[dict, np.ndarray, np.ndarray | No
             if have < want and not dataset.file_meta.TransferSyntaxUID.is_compressed:
                 raise DicomError(f"truncated: {have} bytes of pixel data instead of {want}")
             stored = dataset.pixel_array
-            stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)  # big endian files keep their order till here
+            stored = stored.astype(
+                stored.dtype.newbyteorder("="), copy=False
+            )  # big endian files keep their order till here
             return header, stored, apply_modality_lut(stored, dataset) if "ModalityLUTSequence" in dataset else None
         except DicomError:
             raise
@@ -383,9 +426,18 @@ def _record(header: dict, brain: float, stored: tuple, used: tuple) -> dict:
     return {
         **{k: header.get(k, "") for k in ("SOPInstanceUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID")},
         "z_mm": slice_position(header.get("ImagePositionPatient"), header.get("ImageOrientationPatient")),
-        "rows": header["Rows"], "columns": header["Columns"], "pixel_spacing_row_mm": row_mm, "pixel_spacing_column_mm": column_mm,
-        "BitsStored": header["BitsStored"], "PixelRepresentation": header["PixelRepresentation"], "slope": used[0], "intercept": used[1],
-        "slope_stored": stored[0], "intercept_stored": stored[1], "repaired": stored != used, "brain_fraction": brain,
+        "rows": header["Rows"],
+        "columns": header["Columns"],
+        "pixel_spacing_row_mm": row_mm,
+        "pixel_spacing_column_mm": column_mm,
+        "BitsStored": header["BitsStored"],
+        "PixelRepresentation": header["PixelRepresentation"],
+        "slope": used[0],
+        "intercept": used[1],
+        "slope_stored": stored[0],
+        "intercept_stored": stored[1],
+        "repaired": stored != used,
+        "brain_fraction": brain,
     }
 
 # %% ../nbs/02_dicom.ipynb #02-059

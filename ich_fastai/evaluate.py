@@ -30,17 +30,25 @@ def level_metrics(
     *,
     n_boot: int = 1000,
     seed: int = 42,
-) -> pd.DataFrame:  # columns level, label, probabilities, metric, value, low, high, n, n_positive, n_patients, prevalence, note
+) -> (
+    pd.DataFrame
+):  # columns level, label, probabilities, metric, value, low, high, n, n_positive, n_patients, prevalence, note
     "metrics.csv: both levels, three kinds of probabilities."
     tables = []
     for level, d in levels.items():
-        for kind, p, threshold in (("raw", d["raw"], None), ("corrected", d["corrected"], None), ("calibrated", d["p"], d["threshold"])):
+        for kind, p, threshold in (
+            ("raw", d["raw"], None),
+            ("corrected", d["corrected"], None),
+            ("calibrated", d["p"], d["threshold"]),
+        ):
             table = metrics_table(d["y"], p, d["patients"], threshold, n_boot=n_boot, seed=seed)
             if threshold is None:
                 table = table[~table["metric"].isin(["sensitivity", "specificity"])]
             tables.append(table.assign(level=level, probabilities=kind))
     table = pd.concat(tables, ignore_index=True)
-    return table[["level", "label", "probabilities", *(c for c in table.columns if c not in ("level", "label", "probabilities"))]]
+    return table[
+        ["level", "label", "probabilities", *(c for c in table.columns if c not in ("level", "label", "probabilities"))]
+    ]
 
 # %% ../nbs/22_evaluate.ipynb #22-011
 def weighted_ratio(
@@ -68,10 +76,15 @@ def _count_calls(y: np.ndarray, called: np.ndarray, known: np.ndarray) -> dict:
     nothing = "no threshold: no positive among the patients to choose it on, or no other patients"
     yes, no, called, passed = y & known, (1 - y) & known, called & known, ~called & known
     shares = {
-        "sensitivity": (yes & called, yes, "no positive"), "specificity": (no & passed, no, "no negative"),
-        "positive predictive value": (yes & called, called, "none is called positive"), "negative predictive value": (no & passed, passed, "none is called negative"),
+        "sensitivity": (yes & called, yes, "no positive"),
+        "specificity": (no & passed, no, "no negative"),
+        "positive predictive value": (yes & called, called, "none is called positive"),
+        "negative predictive value": (no & passed, passed, "none is called negative"),
     }
-    return {metric: (part, whole, f"undefined: {why}" if known.any() else nothing) for metric, (part, whole, why) in shares.items()}
+    return {
+        metric: (part, whole, f"undefined: {why}" if known.any() else nothing)
+        for metric, (part, whole, why) in shares.items()
+    }
 
 # %% ../nbs/22_evaluate.ipynb #22-014
 def threshold_table(
@@ -80,7 +93,9 @@ def threshold_table(
     *,
     n_boot: int = 1000,
     seed: int = 42,
-) -> pd.DataFrame:  # level, label, metric, wanted, value, low, high, note, threshold_low, threshold_high, n, n_positive, prevalence
+) -> (
+    pd.DataFrame
+):  # level, label, metric, wanted, value, low, high, note, threshold_low, threshold_high, n, n_positive, prevalence
     "Sensitivity, specificity and predictive values at thresholds chosen on other patients."
     rows = []
     for level, d in levels.items():
@@ -89,12 +104,30 @@ def threshold_table(
         for k, label in enumerate(LABELS):
             y, t = d["y"][:, k], d["threshold"][:, k]
             known = np.isfinite(t)
-            span, prevalence = ((t[known].min(), t[known].max()), y[known].mean()) if known.any() else ((None, None), None)
+            span, prevalence = (
+                ((t[known].min(), t[known].max()), y[known].mean()) if known.any() else ((None, None), None)
+            )
             for metric, (part, whole, nothing) in _count_calls(y, d["p"][:, k] >= t, known).items():
                 wanted = sensitivity if metric == "sensitivity" else None
                 share = weighted_ratio(weights, codes, part, whole, nothing)
-                rows.append((level, label, metric, wanted, *share, *span, int(known.sum()), int((y & known).sum()), prevalence))
-    columns = ["level", "label", "metric", "wanted", "value", "low", "high", "note", "threshold_low", "threshold_high", "n", "n_positive", "prevalence"]
+                rows.append(
+                    (level, label, metric, wanted, *share, *span, int(known.sum()), int((y & known).sum()), prevalence)
+                )
+    columns = [
+        "level",
+        "label",
+        "metric",
+        "wanted",
+        "value",
+        "low",
+        "high",
+        "note",
+        "threshold_low",
+        "threshold_high",
+        "n",
+        "n_positive",
+        "prevalence",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../nbs/22_evaluate.ipynb #22-017
@@ -115,10 +148,30 @@ def coverage_table(
                 of = d["y"][:, k] == truth
                 counts = np.bincount(codes[of], minlength=len(ids))
                 mean = np.bincount(codes[of], inside[of, k], len(ids)) / np.maximum(counts, 1)
-                share = weighted_ratio(weights, np.arange(len(ids)), mean, counts > 0, f"undefined: no {level} with the label {('absent', 'present')[truth]}")
+                share = weighted_ratio(
+                    weights,
+                    np.arange(len(ids)),
+                    mean,
+                    counts > 0,
+                    f"undefined: no {level} with the label {('absent', 'present')[truth]}",
+                )
                 decided = (d["present"] ^ d["absent"])[of, k].mean() if of.any() else None
-                rows.append((level, label, ("absent", "present")[truth], coverage, *share, decided, int(of.sum()), int((counts > 0).sum())))
-    return pd.DataFrame(rows, columns=["level", "label", "truth", "wanted", "value", "low", "high", "note", "decided", "n", "n_patients"])
+                rows.append(
+                    (
+                        level,
+                        label,
+                        ("absent", "present")[truth],
+                        coverage,
+                        *share,
+                        decided,
+                        int(of.sum()),
+                        int((counts > 0).sum()),
+                    )
+                )
+    return pd.DataFrame(
+        rows,
+        columns=["level", "label", "truth", "wanted", "value", "low", "high", "note", "decided", "n", "n_patients"],
+    )
 
 # %% ../nbs/22_evaluate.ipynb #22-020
 def reliability_table(
@@ -132,7 +185,9 @@ def reliability_table(
             for k, label in enumerate(LABELS):
                 if not np.isfinite(p[:, k]).all():
                     continue
-                table = pd.DataFrame({"bin": adaptive_bins(p[:, k], n_bins), "predicted": p[:, k], "observed": d["y"][:, k], "n": 1})
+                table = pd.DataFrame(
+                    {"bin": adaptive_bins(p[:, k], n_bins), "predicted": p[:, k], "observed": d["y"][:, k], "n": 1}
+                )
                 table = table.groupby("bin").agg({"predicted": "mean", "observed": "mean", "n": "sum"}).reset_index()
                 tables.append(table.assign(level=level, label=label, probabilities=kind))
     columns = ["level", "label", "probabilities", "bin", "predicted", "observed", "n"]
@@ -160,7 +215,9 @@ def plot_reliability(
             ax.plot(rows["predicted"], rows["observed"], marker="o", ms=3, lw=1.2, color=color, label=kind)
         ax.set(title=label, xlim=(0, top), ylim=(0, top), xlabel="predicted probability", ylabel="observed share")
     axes.flat[0].legend(fontsize=8)
-    fig.suptitle(f"Reliability by {level}, on patients that calibration has not seen{note and ', ' + note}", fontsize=10)
+    fig.suptitle(
+        f"Reliability by {level}, on patients that calibration has not seen{note and ', ' + note}", fontsize=10
+    )
     return fig
 
 # %% ../nbs/22_evaluate.ipynb #22-025
@@ -180,20 +237,34 @@ def plot_auc(
                 ax.text(0.5, y + offset, f"  {level}: {r['note']}", fontsize=7, va="center", color="#666666")
                 continue
             ax.plot([r["low"], r["high"]], [y + offset] * 2, color=LABEL_COLORS[label], lw=1.5)
-            ax.plot(r["value"], y + offset, marker, color=LABEL_COLORS[label], ms=5, mfc="white" if level == "study" else None)
+            ax.plot(
+                r["value"],
+                y + offset,
+                marker,
+                color=LABEL_COLORS[label],
+                ms=5,
+                mfc="white" if level == "study" else None,
+            )
     prevalence = rows[rows["level"] == "slice"].set_index("label")["prevalence"]
     names = [f"{label}\n{100 * prevalence[label]:.1f}% of slices" for label in LABELS]
     ax.axvline(0.5, color="black", lw=0.8, ls=":")
     ax.set_yticks(range(6), names, fontsize=8)
-    ax.set(ylim=(5.5, -0.5), xlim=(min(0.45, rows[["low", "value"]].min(axis=None) - 0.02), 1.01), title=f"Held-out patients{note and ', ' + note}")
+    ax.set(
+        ylim=(5.5, -0.5),
+        xlim=(min(0.45, rows[["low", "value"]].min(axis=None) - 0.02), 1.01),
+        title=f"Held-out patients{note and ', ' + note}",
+    )
     ax.set_xlabel("AUC with 95% interval by patient (filled: slice, open: study)")
     return fig
 
 # %% ../nbs/22_evaluate.ipynb #22-028
 HEADLINES = (
-    ("any, AUC by slice", "slice", "any", "auc"), ("any, AUC by study", "study", "any", "auc"),
-    ("any, average precision", "slice", "any", "average_precision"), ("any, sensitivity", "slice", "any", "sensitivity"),
-    ("any, specificity", "slice", "any", "specificity"), ("any, calibration slope", "slice", "any", "calibration_slope"),
+    ("any, AUC by slice", "slice", "any", "auc"),
+    ("any, AUC by study", "study", "any", "auc"),
+    ("any, average precision", "slice", "any", "average_precision"),
+    ("any, sensitivity", "slice", "any", "sensitivity"),
+    ("any, specificity", "slice", "any", "specificity"),
+    ("any, calibration slope", "slice", "any", "calibration_slope"),
     ("weighted log loss", "slice", "all", "weighted_log_loss"),
     *((f"{label}, AUC", "slice", label, "auc") for label in SUBTYPES),
 )
@@ -221,7 +292,15 @@ def headline_table(
     for name, *key in HEADLINES:
         r = metrics.loc[tuple(key)]
         prevalence = "" if pd.isna(r["prevalence"]) else f"{100 * r['prevalence']:.1f}%"
-        rows.append((name, format_interval(r["value"], r["low"], r["high"]), f"{r['n']:,.0f}", f"{r['n_patients']:,.0f}", prevalence))
+        rows.append(
+            (
+                name,
+                format_interval(r["value"], r["low"], r["high"]),
+                f"{r['n']:,.0f}",
+                f"{r['n_patients']:,.0f}",
+                prevalence,
+            )
+        )
     return pd.DataFrame(rows, columns=["result", "value (95% interval)", "n", "patients", "prevalence"])
 
 # %% ../nbs/22_evaluate.ipynb #22-033
@@ -231,7 +310,9 @@ def mean_of_largest(
     n: int = 3,  # how many of the largest; 1 is the maximum
 ) -> np.ndarray:  # (n_studies, 6)
     "The mean of the n largest logits of each study."
-    return np.stack([pd.Series(xk).groupby(study).apply(lambda s: s.nlargest(n).mean()).to_numpy() for xk in x.T], axis=1)
+    return np.stack(
+        [pd.Series(xk).groupby(study).apply(lambda s: s.nlargest(n).mean()).to_numpy() for xk in x.T], axis=1
+    )
 
 # %% ../nbs/22_evaluate.ipynb #22-036
 def say_difference(
@@ -263,8 +344,28 @@ def aggregate_table(
         y = d["y"][:, k]
         a, b = (rank_metrics(y, x[:, k], codes, weights)["auc"] for x in (d["x"], top3))
         row = metric_rows(label, {"auc": b - a}, y, top3[:, k], codes)[0]
-        rows.append(row | {"auc_max": a[0], "auc_mean_of_3": b[0], "difference": row["value"], "better": say_difference(row["low"], row["high"], "mean of 3", "maximum")})
-    columns = ["label", "auc_max", "auc_mean_of_3", "difference", "low", "high", "better", "n", "n_positive", "n_patients", "note"]
+        rows.append(
+            row
+            | {
+                "auc_max": a[0],
+                "auc_mean_of_3": b[0],
+                "difference": row["value"],
+                "better": say_difference(row["low"], row["high"], "mean of 3", "maximum"),
+            }
+        )
+    columns = [
+        "label",
+        "auc_max",
+        "auc_mean_of_3",
+        "difference",
+        "low",
+        "high",
+        "better",
+        "n",
+        "n_positive",
+        "n_patients",
+        "note",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../nbs/22_evaluate.ipynb #22-041
@@ -287,12 +388,17 @@ def update_model(
     training, d = model["training"], levels["slice"]
     fits = {level: fit_decisions(d["y"], d["x"], d["patients"], **options) for level, d in levels.items()}
     model["corrections"] = {
-        "pos_weight": training.get("pos_weight"), "keep_rate": training["folds"][0]["keep_rate"],
-        "calibration": describe_decisions(fits["slice"], "slope", "intercept"), "study_calibration": describe_decisions(fits["study"], "slope", "intercept"),
+        "pos_weight": training.get("pos_weight"),
+        "keep_rate": training["folds"][0]["keep_rate"],
+        "calibration": describe_decisions(fits["slice"], "slope", "intercept"),
+        "study_calibration": describe_decisions(fits["study"], "slope", "intercept"),
         "fitted_on": {"slices": len(d["y"]), "patients": len(np.unique(d["patients"]))},
     }
     bounds = {level: describe_decisions(fit, "threshold", "present_from", "absent_to") for level, fit in fits.items()}
-    model["thresholds"] = {"wanted_sensitivity": options["sensitivity"], "wanted_coverage": options["coverage"]} | bounds
+    model["thresholds"] = {
+        "wanted_sensitivity": options["sensitivity"],
+        "wanted_coverage": options["coverage"],
+    } | bounds
     write_file(path, lambda p: p.write_text(json.dumps(model, indent=1) + "\n"))
     return model
 
@@ -317,16 +423,25 @@ def evaluate(
     metrics = level_metrics(levels, **boot)
     save_table(metrics, run_dir / "metrics.csv")
     tables = {
-        "headline": headline_table(run_dir), "reliability": reliability_table(levels), "aggregates": aggregate_table(predictions, levels, **boot),
-        "thresholds": threshold_table(levels, wanted_sensitivity, **boot), "conformal": coverage_table(levels, coverage, **boot),
+        "headline": headline_table(run_dir),
+        "reliability": reliability_table(levels),
+        "aggregates": aggregate_table(predictions, levels, **boot),
+        "thresholds": threshold_table(levels, wanted_sensitivity, **boot),
+        "conformal": coverage_table(levels, coverage, **boot),
     }
     for name, table in tables.items():
         save_table(table, run_dir / "tables" / f"{name}.csv")
     update_model(run_dir, levels, **options)
     note = data_note(data_dir)
     figures = {
-        "index-1-auc.svg": (plot_auc(metrics, note), "AUC of each label on held-out patients, with 95% intervals by patient."),
-        "index-2-reliability.svg": (plot_reliability(tables["reliability"], note=note), "Predicted against observed, before and after calibration."),
+        "index-1-auc.svg": (
+            plot_auc(metrics, note),
+            "AUC of each label on held-out patients, with 95% intervals by patient.",
+        ),
+        "index-2-reliability.svg": (
+            plot_reliability(tables["reliability"], note=note),
+            "Predicted against observed, before and after calibration.",
+        ),
     }
     save_captioned(figures, run_dir, note)
     return metrics

@@ -26,14 +26,26 @@ def slice_groups(
     area_mm2: np.ndarray | None = None,  # (n,) visible bleeding on each slice, where it is known
 ) -> dict:  # name: (n,) categorical; groups whose name ends on "*" split positives only
     "The groups that each slice belongs to."
-    bits = cohort["BitsStored"].astype(str) + "-bit, " + cohort["PixelRepresentation"].map({0: "unsigned", 1: "signed"}).astype(str)
+    bits = (
+        cohort["BitsStored"].astype(str)
+        + "-bit, "
+        + cohort["PixelRepresentation"].map({0: "unsigned", 1: "signed"}).astype(str)
+    )
     last = cohort.groupby("SeriesInstanceUID")["position"].transform("max")
-    position = pd.cut((cohort["position"] + 0.5) / (last + 1), [0, 1 / 3, 2 / 3, 1], labels=["lower third", "middle third", "upper third"])
-    brain = pd.cut(cohort["brain_fraction"], [-1, 0.02, 0.1, 0.2, 1], labels=["up to 2%", "2 to 10%", "10 to 20%", "over 20%"])
+    position = pd.cut(
+        (cohort["position"] + 0.5) / (last + 1),
+        [0, 1 / 3, 2 / 3, 1],
+        labels=["lower third", "middle third", "upper third"],
+    )
+    brain = pd.cut(
+        cohort["brain_fraction"], [-1, 0.02, 0.1, 0.2, 1], labels=["up to 2%", "2 to 10%", "10 to 20%", "over 20%"]
+    )
     count = pd.cut(cohort[list(SUBTYPES)].sum(axis=1), [0, 1, 2, 5], labels=["one", "two", "three or more"])
     groups = {"stored as": bits, "position in the series": position, "brain fraction": brain, "subtypes*": count}
     if area_mm2 is not None:
-        groups["bleeding area*"] = pd.cut(pd.Series(area_mm2), [0, 100, 400, np.inf], labels=["up to 100 mm2", "100 to 400 mm2", "over 400 mm2"])
+        groups["bleeding area*"] = pd.cut(
+            pd.Series(area_mm2), [0, 100, 400, np.inf], labels=["up to 100 mm2", "100 to 400 mm2", "over 400 mm2"]
+        )
     return {name: pd.Categorical(values) for name, values in groups.items()}
 
 # %% ../nbs/23_explain.ipynb #23-009
@@ -60,7 +72,20 @@ def subgroup_table(
             kept = ("auc", "sensitivity") if name.endswith("*") else ("auc", "sensitivity", "specificity")
             rows = metric_rows("any", {m: metrics[m] for m in kept}, *given[:3])
             tables.append(pd.DataFrame(rows).assign(group=name.rstrip("*"), value_of=value))
-    columns = ["group", "value_of", "label", "metric", "value", "low", "high", "n", "n_positive", "n_patients", "prevalence", "note"]
+    columns = [
+        "group",
+        "value_of",
+        "label",
+        "metric",
+        "value",
+        "low",
+        "high",
+        "n",
+        "n_positive",
+        "n_patients",
+        "prevalence",
+        "note",
+    ]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
 # %% ../nbs/23_explain.ipynb #23-010
@@ -91,7 +116,9 @@ def plot_subgroups(
             continue
         ax.plot([r["low"], r["high"]], [i, i], color="#0072B2", lw=1.5)
         ax.plot(r["value"], i, "o", color="#0072B2", ms=4)
-    ax.set_yticks(range(len(rows)), [f"{r.group}: {r.value_of} (n = {r.n_positive:,})" for r in rows.itertuples()], fontsize=8)
+    ax.set_yticks(
+        range(len(rows)), [f"{r.group}: {r.value_of} (n = {r.n_positive:,})" for r in rows.itertuples()], fontsize=8
+    )
     ax.invert_yaxis()
     ax.set(xlim=(-0.02, 1.02), title=f"Where it fails{note and ', ' + note}")
     ax.set_xlabel("sensitivity for any, 95% interval by patient; n: slices that bleed")
@@ -99,7 +126,14 @@ def plot_subgroups(
 
 # %% ../nbs/23_explain.ipynb #23-016
 HEADER_TAGS = (
-    "BitsStored", "PixelRepresentation", "slope_stored", "intercept_stored", "rows", "columns", "pixel_spacing_row_mm", "pixel_spacing_column_mm",
+    "BitsStored",
+    "PixelRepresentation",
+    "slope_stored",
+    "intercept_stored",
+    "rows",
+    "columns",
+    "pixel_spacing_row_mm",
+    "pixel_spacing_column_mm",
 )
 
 # %% ../nbs/23_explain.ipynb #23-017
@@ -117,7 +151,9 @@ def header_scores(
     for fold, rows in predictions.reset_index(drop=True).groupby("fold"):
         others = cohort["fold"] != fold
         if others.any():
-            tree = DecisionTreeClassifier(min_samples_leaf=20, max_depth=5, random_state=seed).fit(tags[others], cohort.loc[others, "any"])
+            tree = DecisionTreeClassifier(min_samples_leaf=20, max_depth=5, random_state=seed).fit(
+                tags[others], cohort.loc[others, "any"]
+            )
             p = tree.predict_proba(tags.loc[rows["SOPInstanceUID"]])
             out[rows.index] = p[:, list(tree.classes_).index(1)] if 1 in tree.classes_ else 0.0
     return out
@@ -147,9 +183,17 @@ def worst_mistakes(
     n: int = 4,  # of each kind
 ) -> pd.DataFrame:  # SOPInstanceUID, kind (false alarm, missed), p, truth
     "The slices without hemorrhage that the model is surest of, and those with it that it doubts most; one a patient."
-    truth = predictions[list(SUBTYPES)].apply(lambda r: ", ".join(s for s in SUBTYPES if r[s]) or "no hemorrhage", axis=1)
+    truth = predictions[list(SUBTYPES)].apply(
+        lambda r: ", ".join(s for s in SUBTYPES if r[s]) or "no hemorrhage", axis=1
+    )
     table = predictions[["SOPInstanceUID", "PatientID", "any"]].assign(p=p, truth=truth)
-    alarms = table[table["any"] == 0].sort_values("p", ascending=False).drop_duplicates("PatientID").head(n).assign(kind="false alarm")
+    alarms = (
+        table[table["any"] == 0]
+        .sort_values("p", ascending=False)
+        .drop_duplicates("PatientID")
+        .head(n)
+        .assign(kind="false alarm")
+    )
     missed = table[table["any"] == 1].sort_values("p").drop_duplicates("PatientID").head(n).assign(kind="missed")
     return pd.concat([alarms, missed], ignore_index=True)[["SOPInstanceUID", "kind", "p", "truth"]]
 
@@ -171,7 +215,10 @@ def plot_mistakes(
     for row, kind in zip(axes, ("false alarm", "missed"), strict=True):
         for ax, i in zip(row, mistakes.index[mistakes["kind"] == kind], strict=False):
             ax.imshow(window(hu[i], "brain"), vmin=0, vmax=1)
-            ax.set_title(f"{kind}, p = {mistakes.loc[i, 'p']:.2f}\n{mistakes.loc[i, 'truth'].replace(', ', ',' + chr(10))}", fontsize=7)
+            ax.set_title(
+                f"{kind}, p = {mistakes.loc[i, 'p']:.2f}\n{mistakes.loc[i, 'truth'].replace(', ', ',' + chr(10))}",
+                fontsize=7,
+            )
     for ax in axes.flat:
         ax.axis("off")
     fig.suptitle(f"The most confident mistakes, brain window{note and ', ' + note}", fontsize=10)
@@ -306,7 +353,13 @@ def pointing_table(
         codes, ids = pd.factorize(part["PatientID"])
         weights = resample_patients(max(1, len(ids)), n_boot if len(ids) > 1 else 0, seed)
         for who in ("cam", "center"):
-            share = weighted_ratio(weights, codes, part[who].to_numpy(float), np.ones(len(part)), "undefined: no held-out slice of this type")
+            share = weighted_ratio(
+                weights,
+                codes,
+                part[who].to_numpy(float),
+                np.ones(len(part)),
+                "undefined: no held-out slice of this type",
+            )
             rows.append((label, {"cam": "Grad-CAM", "center": "center of the brain"}[who], *share, len(part), len(ids)))
     return pd.DataFrame(rows, columns=["label", "who", "value", "low", "high", "note", "n", "n_patients"])
 
@@ -374,21 +427,36 @@ def explain(
             plot_grad_cam(run_dir, shown, shown["explained"].to_list(), data_dir, note),
             "Where the evidence lies (Grad-CAM); the outline, where there is one, is the true bleeding.",
         ),
-        "index-4-mistakes.png": (plot_mistakes(tables["mistakes"], cohort, run_dir / "cache", note), "The most confident mistakes."),
+        "index-4-mistakes.png": (
+            plot_mistakes(tables["mistakes"], cohort, run_dir / "cache", note),
+            "The most confident mistakes.",
+        ),
         "subgroups.svg": (plot_subgroups(tables["subgroups"], note), "Sensitivity by group."),
     }
     save_captioned(figures, run_dir, note)
     return tables
 
 # %% ../nbs/23_explain.ipynb #23-044
-def _make_tables(run_dir: Path, data_dir, predictions: pd.DataFrame, levels: dict, cohort: pd.DataFrame, boot: dict) -> dict:
+def _make_tables(
+    run_dir: Path, data_dir, predictions: pd.DataFrame, levels: dict, cohort: pd.DataFrame, boot: dict
+) -> dict:
     "The tables of the parts above, by name."
-    slices = pd.read_parquet(stage_file(run_dir, "slices.parquet")).drop_duplicates("SOPInstanceUID").set_index("SOPInstanceUID")
+    slices = (
+        pd.read_parquet(stage_file(run_dir, "slices.parquet"))
+        .drop_duplicates("SOPInstanceUID")
+        .set_index("SOPInstanceUID")
+    )
     area = bleeding_area(data_dir, predictions["SOPInstanceUID"])
     groups = slice_groups(cohort.loc[predictions["SOPInstanceUID"]].reset_index(drop=True), area)
-    scores = {"network": levels["slice"]["x"][:, -1], "header tags alone": header_scores(slices, cohort, predictions, boot["seed"])}
+    scores = {
+        "network": levels["slice"]["x"][:, -1],
+        "header tags alone": header_scores(slices, cohort, predictions, boot["seed"]),
+    }
     tables = {
-        "subgroups": subgroup_table(levels, groups, **boot), "shortcut": shortcut_table(scores, levels, **boot),
+        "subgroups": subgroup_table(levels, groups, **boot),
+        "shortcut": shortcut_table(scores, levels, **boot),
         "mistakes": worst_mistakes(predictions, levels["slice"]["corrected"][:, -1]),
     }
-    return tables if area is None else tables | {"pointing": pointing_table(play_pointing_game(run_dir, data_dir), **boot)}
+    return (
+        tables if area is None else tables | {"pointing": pointing_table(play_pointing_game(run_dir, data_dir), **boot)}
+    )

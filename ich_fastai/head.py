@@ -27,13 +27,25 @@ def make_rng(
 
 # %% ../nbs/03_head.ipynb #03-010
 HU = {
-    "air": -1000.0, "fat": -95.0, "skin": 45.0, "bone": 1250.0, "diploe": 650.0, "csf": 7.0, "gray": 38.0, "white": 29.0,
-    "falx": 52.0, "eye": 12.0, "lens": 75.0, "calcification": 190.0, "holder": 130.0,
+    "air": -1000.0,
+    "fat": -95.0,
+    "skin": 45.0,
+    "bone": 1250.0,
+    "diploe": 650.0,
+    "csf": 7.0,
+    "gray": 38.0,
+    "white": 29.0,
+    "falx": 52.0,
+    "eye": 12.0,
+    "lens": 75.0,
+    "calcification": 190.0,
+    "holder": 130.0,
 }
 
 # %% ../nbs/03_head.ipynb #03-012
 class Head(NamedTuple):
     "What makes one patient's anatomy."
+
     width: float  # mm, half width of the skull
     length: float  # mm, half length of the skull
     height: float  # mm, from the origin to the top of the skull
@@ -72,13 +84,17 @@ def _draw_field(
     smooth: int,  # rounds of smoothing: 1 for a grain of about 10 mm, 2 for 14
 ) -> np.ndarray:  # (FIELD, FIELD, FIELD) float32, standard deviation about 1
     "A smooth random field."
-    scale = {1: 4.35, 2: 7.0, 3: 9.4}[smooth]  # 1 / standard deviation of the smoothed field: (sum of squared weights) ** -1.5
+    scale = {1: 4.35, 2: 7.0, 3: 9.4}[
+        smooth
+    ]  # 1 / standard deviation of the smoothed field: (sum of squared weights) ** -1.5
     return smooth_field(rng.standard_normal((FIELD,) * 3, dtype=np.float32), smooth) * np.float32(scale)
 
 # %% ../nbs/03_head.ipynb #03-018
 def _sample_field(
     field: np.ndarray,  # (n, n, n) float32
-    x: np.ndarray, y: np.ndarray, z: np.ndarray,  # (h, w) float32, mm
+    x: np.ndarray,
+    y: np.ndarray,
+    z: np.ndarray,  # (h, w) float32, mm
 ) -> np.ndarray:  # (h, w) float32
     "The field at points of the head, trilinear, periodic."
     n = field.shape[0]
@@ -115,10 +131,22 @@ def draw_head(
     old = float(rng.beta(1.6, 1.6))
     calcified = rng.random(3) < (0.6, 0.6, 0.3)  # physiological calcification is common in adults
     return Head(
-        u(68, 76), u(86, 96), u(80, 92), u(5.5, 9.5), u(4, 9), old, u(0, 1),
-        calcified[0] * u(1.2, 3.5), calcified[1] * u(2, 4.5), calcified[2] * u(1.5, 3),
-        u(46, 68), u(44, 66), u(0, 9), _draw_bump(rng),
-        _draw_field(rng, 1), _draw_field(rng, 2),
+        u(68, 76),
+        u(86, 96),
+        u(80, 92),
+        u(5.5, 9.5),
+        u(4, 9),
+        old,
+        u(0, 1),
+        calcified[0] * u(1.2, 3.5),
+        calcified[1] * u(2, 4.5),
+        calcified[2] * u(1.5, 3),
+        u(46, 68),
+        u(44, 66),
+        u(0, 9),
+        _draw_bump(rng),
+        _draw_field(rng, 1),
+        _draw_field(rng, 2),
     )
 
 # %% ../nbs/03_head.ipynb #03-023
@@ -168,7 +196,9 @@ def _frame(head: Head, x, y, z, rough):
     ax = np.abs(x) + rough
     front, back = _step((-y - 18 - 0.12 * ax) * np.float32(0.08)), _step((y - 2 - 0.25 * ax) * np.float32(0.07))
     middle = _step((ax - 10) * np.float32(0.08))
-    height = -27 - 18 * middle * (1 - front) - 34 * back + (6 - np.square(ax - 32) * np.float32(0.012)) * front + 1.5 * rough  # mm: fossae at about -25 (anterior), -45 (middle), -61 (posterior)
+    height = (
+        -27 - 18 * middle * (1 - front) - 34 * back + (6 - np.square(ax - 32) * np.float32(0.012)) * front + 1.5 * rough
+    )  # mm: fossae at about -25 (anterior), -45 (middle), -61 (posterior)
     return outer, outer + head.skull, height - z
 
 # %% ../nbs/03_head.ipynb #03-030
@@ -180,19 +210,34 @@ def _brain_parts(head: Head, x, y, z, depth, sulci, rough):
     fold = np.abs(sulci) * 3.6  # mm from the middle of a sulcus, about
     cortex = share_inside(fold - wide * 1.15 * np.clip(shallow * 1.8, 0, 1), 1.3) * (shallow > 0) * (below > 0)
     ax = np.abs(x)
-    sylvian = np.abs(z + 6 - (ax - 40) * 0.35 + 2 * rough) + np.clip(np.abs(y + 12) - 20, 0, 50) + np.clip(30 - ax, 0, 50)
+    sylvian = (
+        np.abs(z + 6 - (ax - 40) * 0.35 + 2 * rough) + np.clip(np.abs(y + 12) - 20, 0, 50) + np.clip(30 - ax, 0, 50)
+    )
     fissure = ax + np.clip(below * -1 + 6, 0, 30) + np.clip(34 - np.sqrt(y * y * 0.35 + (z - 2) * (z - 2)), 0, 40) * 0.6
-    cistern = np.minimum(_ellipsoid(x, y, z, (0, -10, -24), (14 + 3 * wide, 11, 6 + wide)), _ellipsoid(x, y, z, (0, 34, -8), (11, 5 + wide, 9)))
+    cistern = np.minimum(
+        _ellipsoid(x, y, z, (0, -10, -24), (14 + 3 * wide, 11, 6 + wide)),
+        _ellipsoid(x, y, z, (0, 34, -8), (11, 5 + wide, 9)),
+    )
     prepontine = np.minimum(cistern, _ellipsoid(x, y, z, (0, 2, -38), (13, 4 + wide, 13)))
     around = depth - (0.8 + 1.6 * head.atrophy)  # the subarachnoid space under the skull
-    spaces = (cortex, share_inside(sylvian - 1.0 * wide), share_inside(fissure - 0.9 * wide), share_inside(prepontine + 2.5 * rough + 1, 2), share_inside(around))
+    spaces = (
+        cortex,
+        share_inside(sylvian - 1.0 * wide),
+        share_inside(fissure - 0.9 * wide),
+        share_inside(prepontine + 2.5 * rough + 1, 2),
+        share_inside(around),
+    )
     csf = np.maximum.reduce(spaces)
     ventricles = _ventricles(head, ax, x, y, z, rough)
     gray = share_inside(np.minimum(fold + np.clip(depth - 15, 0, 60) * 0.35, depth) - (2.6 + 0.6 * rough), 2.5)
     nuclei = np.minimum(_ellipsoid(ax, y, z, (11, 4, 6), (8, 13, 9)), _ellipsoid(ax, y, z, (24, -8, 6), (6, 15, 10)))
     caudate = _ellipsoid(ax, y, z, (13, -20, 14), (5, 10, 8))
     gray = np.maximum(gray, share_inside(np.minimum(nuclei, caudate) + rough, 3))
-    falx = share_inside(ax - 0.9 - head.falx * 0.3 * (y < 0), 1.2) * share_inside(38 - np.sqrt(y * y * 0.55 + (z - 4) * (z - 4)), 3) * (below > 0)
+    falx = (
+        share_inside(ax - 0.9 - head.falx * 0.3 * (y < 0), 1.2)
+        * share_inside(38 - np.sqrt(y * y * 0.55 + (z - 4) * (z - 4)), 3)
+        * (below > 0)
+    )
     tentorium = share_inside(np.abs(below) - 0.9, 1.4) * (y > 5) * share_inside(27 - np.sqrt(x * x + y * y * 0.5), 3)
     return csf, ventricles, gray, np.maximum(falx, tentorium)
 
@@ -221,9 +266,13 @@ def _paint_base(hu, head: Head, x, y, z, outer, floor, rough):
     paint(hu, under * share_inside(np.abs(rough - 0.6) * 6 - 0.9), HU["fat"])  # planes of fat between the muscles
     thick = 1.8 - 1.1 * _step((-y - 18) * np.float32(0.08))  # thin orbital roofs
     paint(hu, under * share_inside(np.abs(floor - thick) - thick - 0.6 * rough, 1.2), HU["bone"])
-    ring = (y > -60) * (z > -50 - 0.3 * np.clip(y, 0, 50))  # temporal bones end at the base, the occipital bone at the foramen magnum
+    ring = (y > -60) * (
+        z > -50 - 0.3 * np.clip(y, 0, 50)
+    )  # temporal bones end at the base, the occipital bone at the foramen magnum
     paint(hu, under * share_inside(np.abs(outer + 3) - 2.5 - rough, 1.2) * ring, HU["bone"] * 0.8)
-    paint(hu, under * share_inside(_ellipsoid(ax, y, z, (50, -16, -84), (4, 12, 30)) + 0.5 * rough), HU["bone"])  # the jaw
+    paint(
+        hu, under * share_inside(_ellipsoid(ax, y, z, (50, -16, -84), (4, 12, 30)) + 0.5 * rough), HU["bone"]
+    )  # the jaw
     nose = _ellipsoid(x, y, z, (0, -66, -52), (15, 26, 30))
     cells = np.abs(np.abs(x + rough) - 7) - 1.0  # septa of the ethmoid
     paint(hu, inside * share_inside(nose), HU["bone"] * 0.7)
@@ -252,7 +301,9 @@ def _paint_petrous(hu, head: Head, ax, x, y, z, inside, rough):
     petrous = _ellipsoid(along, across, z, (0, 0, -45), (32, 9, 11)) + rough
     paint(hu, inside * share_inside(petrous), HU["bone"] * 1.15)
     mastoid = _ellipsoid(ax, y, z, (54, 26, -52), (13, 15, 18))
-    paint(hu, inside * share_inside(mastoid), np.where(rough > -0.1, HU["air"] * 0.8, HU["bone"] * 0.6).astype(np.float32))
+    paint(
+        hu, inside * share_inside(mastoid), np.where(rough > -0.1, HU["air"] * 0.8, HU["bone"] * 0.6).astype(np.float32)
+    )
     paint(hu, inside * share_inside(_ellipsoid(x, y, z, (0, -6, -48), (13, 7, 16))), HU["bone"] * 0.7)
     canal = np.maximum(np.sqrt(x * x + (y - 20) * (y - 20)) - 14, z + 55)
     paint(hu, share_inside(np.abs(canal) - 2.5) * (z < -60) * inside, HU["bone"])
@@ -275,20 +326,31 @@ def _paint_vault(hu, head: Head, x, y, z, outer, inner, floor, rough):
     scalp = outer - head.scalp - _bump(head, x, y, z)
     paint(hu, share_inside(scalp), HU["skin"])
     paint(hu, share_inside(scalp + 2), HU["fat"])
-    paint(hu, share_inside(scalp + 2) * (_bump(head, x, y, z) > 1.5), head.vein - 2 + 7 * rough)  # clotted blood outside the skull
+    paint(
+        hu, share_inside(scalp + 2) * (_bump(head, x, y, z) > 1.5), head.vein - 2 + 7 * rough
+    )  # clotted blood outside the skull
     temporalis = share_inside(_ellipsoid(np.abs(x), y, z, (head.width - 4, -25, -15), (12, 28, 32)))
     paint(hu, share_inside(scalp + 2) * temporalis, head.muscle)
     paint(hu, share_inside(outer), HU["bone"])
     paint(hu, share_inside(np.abs(outer + head.skull * 0.5) - head.skull * 0.2, 1.5), HU["diploe"])
-    sinus = _ellipsoid(x, y, z, (0, -head.length + head.skull * 0.5, -8), (12 + 22 * head.sinus, 1.5 + 4 * head.sinus, 8 + 14 * head.sinus))
+    sinus = _ellipsoid(
+        x,
+        y,
+        z,
+        (0, -head.length + head.skull * 0.5, -8),
+        (12 + 22 * head.sinus, 1.5 + 4 * head.sinus, 8 + 14 * head.sinus),
+    )
     if head.sinus > 0.2:
         paint(hu, share_inside(sinus - 1.5) * share_inside(outer), HU["bone"])
-        paint(hu, share_inside(sinus + 0.3 * rough) * share_inside(outer + 1.8) * (np.abs(np.abs(x) - 9) > 0.8), HU["air"])
+        paint(
+            hu, share_inside(sinus + 0.3 * rough) * share_inside(outer + 1.8) * (np.abs(np.abs(x) - 9) > 0.8), HU["air"]
+        )
     return hu
 
 # %% ../nbs/03_head.ipynb #03-038
 class Bleed(NamedTuple):
     "One bleed."
+
     kind: int  # index in SUBTYPES
     center: tuple  # mm
     size: float  # mm: radius, thickness or reach, by kind
@@ -338,14 +400,23 @@ def _bleed_cover(bleed: Bleed, head: Head, x, y, z, inner, csf, ventricles, roug
         ball = 30 + 18 * bleed.variant
         away = reach + ball - bleed.size
         dx, dy, dz = x - cx * away, y - cy * away, z - cz * away
-        return share_inside(np.sqrt(dx * dx + dy * dy + dz * dz) - ball) * share_inside(inner) * _same_bone(cy * reach, cz * reach, y, z)
+        return (
+            share_inside(np.sqrt(dx * dx + dy * dy + dz * dz) - ball)
+            * share_inside(inner)
+            * _same_bone(cy * reach, cz * reach, y, z)
+        )
     if bleed.kind == 4 and bleed.variant < 0.2:  # beside the falx
         thick = bleed.size * 0.5 * np.clip(1.3 - np.abs(y - 60 * cy) * 0.03, 0, 1)
         beside = share_inside(np.abs(x - np.sign(cx) * (0.5 + thick * 0.5)) - thick * 0.5) * (thick > 0.5)
         return beside * share_inside(35 - np.sqrt(y * y * 0.5 + (z - 6) * (z - 6)), 4)
     if bleed.kind == 4 and bleed.variant < 0.3:  # on the tentorium
         thick = bleed.size * 0.6 * np.clip(x * (np.sign(cx) / 12), 0, 1)
-        return share_inside(np.abs(z + 14 + 0.16 * y - 0.9 - thick * 0.5) - thick * 0.5) * share_inside(8 - y, 6) * share_inside(inner) * (thick > 0.5)
+        return (
+            share_inside(np.abs(z + 14 + 0.16 * y - 0.9 - thick * 0.5) - thick * 0.5)
+            * share_inside(8 - y, 6)
+            * share_inside(inner)
+            * (thick > 0.5)
+        )
     if bleed.kind == 4:
         r = np.sqrt(x * x + y * y + z * z) + np.float32(1)
         along = (x * cx + y * cy + z * cz) / r
@@ -376,7 +447,9 @@ def _shift_midline(bleeds, x, y, z):
 def draw_plane(
     head: Head,
     bleeds: list[Bleed],
-    x: np.ndarray, y: np.ndarray, z: np.ndarray,  # (h, w) float32, mm in the head
+    x: np.ndarray,
+    y: np.ndarray,
+    z: np.ndarray,  # (h, w) float32, mm in the head
 ) -> tuple[np.ndarray, np.ndarray]:  # (h, w) float32 HU; (5, h, w) float32, share of blood by SUBTYPES
     "An infinitely thin slice without noise, and its bleeding."
     rough = double_size(_sample_field(head.rough, x[::2, ::2], y[::2, ::2], z[::2, ::2]))
@@ -401,7 +474,9 @@ def draw_plane(
     paint(brain, falx, HU["falx"])
     paint(brain, _sinuses(x, y, z, -cavity), head.vein)
     for b in bleeds:
-        share = _bleed_cover(b, head, x if b.kind in (0, 4) else xb, y, z, inner, open_csf, open_ventricles, rough) * share_inside(cavity)
+        share = _bleed_cover(
+            b, head, x if b.kind in (0, 4) else xb, y, z, inner, open_csf, open_ventricles, rough
+        ) * share_inside(cavity)
         paint(brain, share, b.hu + (2 * rough + 3 * sulci if b.kind == 1 else 2.5 * rough))
         shares[b.kind] = np.maximum(shares[b.kind], share)
     _paint_calcifications(brain, head, xb, y, z)
@@ -428,7 +503,11 @@ def _paint_calcifications(hu, head: Head, x, y, z):
     if head.pineal:
         paint(hu, share_inside(_ellipsoid(x, y, z, (0, 17, -1), (head.pineal,) * 3)), HU["calcification"])
     if head.choroid:
-        paint(hu, share_inside(_ellipsoid(ax, y, z, (22, 31, 9), (head.choroid, head.choroid * 1.4, head.choroid * 1.6)), 2), HU["calcification"] * 0.6)
+        paint(
+            hu,
+            share_inside(_ellipsoid(ax, y, z, (22, 31, 9), (head.choroid, head.choroid * 1.4, head.choroid * 1.6)), 2),
+            HU["calcification"] * 0.6,
+        )
     if head.falx:
         paint(hu, share_inside(_ellipsoid(x, y, z, (0, -58, 25), (head.falx, 9, 13))), HU["calcification"] * 1.5)
     return hu

@@ -35,13 +35,16 @@ def read_arms(
         arm = "{balance}+{class_weights}".format(**model["training"])
         ids = predictions.index if ids is None else ids
         if arm not in arms and set(predictions.index) != set(ids):
-            raise InputError(f"{folder}: its predictions are of other slices than those of the main arm; run notebook 12 again, or delete this folder")
+            raise InputError(
+                f"{folder}: its predictions are of other slices than those of the main arm; run notebook 12 again, or delete this folder"
+            )
         arms.setdefault(arm, (predictions.reindex(ids).reset_index(drop=True), model))
     return arms
 
 # %% ../nbs/24_imbalance.ipynb #24-010
 class Study(NamedTuple):
     "The metrics of each arm on the same resamples of patients."
+
     y: np.ndarray  # (n, 6) 0 or 1
     patient: np.ndarray  # (n,) int
     values: dict  # (arm, raw or corrected): {(label, metric): (n_boot + 1,) float64}; entry 0 is the data as they are
@@ -60,8 +63,15 @@ def measure(
     values = {("all", "weighted_log_loss"): total / n}
     for k, label in enumerate(LABELS):
         given = y[:, k], p[:, k], patient, weights
-        found = rank_metrics(*given, specificities=()) | mean_metrics(*given) | {"calibration_slope": calibration_slope(*given)}
-        values |= {(label, m): found[m] for m in ("auc", "average_precision", "log_loss", "calibration_error", "calibration_slope")}
+        found = (
+            rank_metrics(*given, specificities=())
+            | mean_metrics(*given)
+            | {"calibration_slope": calibration_slope(*given)}
+        )
+        values |= {
+            (label, m): found[m]
+            for m in ("auc", "average_precision", "log_loss", "calibration_error", "calibration_slope")
+        }
     return values
 
 # %% ../nbs/24_imbalance.ipynb #24-012
@@ -101,14 +111,14 @@ def table_2(
     study: Study,
 ) -> pd.DataFrame:  # arm, probabilities, label, metric, value, low, high, n, n_positive, n_patients, prevalence, note
     "Table 2: the metrics of each arm, raw and corrected, by slice."
-    tables = [study_rows(study, values).assign(arm=arm, probabilities=kind) for (arm, kind), values in study.values.items()]
+    tables = [
+        study_rows(study, values).assign(arm=arm, probabilities=kind) for (arm, kind), values in study.values.items()
+    ]
     table = pd.concat(tables, ignore_index=True)
     return table[["arm", "probabilities", *(c for c in table.columns if c not in ("arm", "probabilities"))]]
 
 # %% ../nbs/24_imbalance.ipynb #24-019
-def reference_arm(
-    study: Study,
-) -> str:
+def reference_arm(study: Study) -> str:
     "The arm that the others are compared with: the one without remedies, else the first."
     arms = [arm for arm, _ in study.values]
     return "none+none" if "none+none" in arms else arms[0]
@@ -116,7 +126,9 @@ def reference_arm(
 # %% ../nbs/24_imbalance.ipynb #24-020
 def difference_table(
     study: Study,
-) -> pd.DataFrame:  # arm, probabilities, minus, label, metric, value, low, high, says, n, n_positive, n_patients, prevalence, note
+) -> (
+    pd.DataFrame
+):  # arm, probabilities, minus, label, metric, value, low, high, says, n, n_positive, n_patients, prevalence, note
     "Paired differences with their intervals: of arms from the reference, and of corrected from raw."
     reference = reference_arm(study)
     pairs = [((arm, kind), (reference, kind), kind, reference) for arm, kind in study.values if arm != reference]
@@ -125,14 +137,36 @@ def difference_table(
     for a, b, kind, minus in pairs:
         values = {key: study.values[a][key] - study.values[b][key] for key in study.values[a]}
         tables.append(study_rows(study, values).assign(arm=a[0], probabilities=kind, minus=minus))
-    columns = ["arm", "probabilities", "minus", "label", "metric", "value", "low", "high", "says", "n", "n_positive", "n_patients", "prevalence", "note"]
+    columns = [
+        "arm",
+        "probabilities",
+        "minus",
+        "label",
+        "metric",
+        "value",
+        "low",
+        "high",
+        "says",
+        "n",
+        "n_positive",
+        "n_patients",
+        "prevalence",
+        "note",
+    ]
     if not tables:
         return pd.DataFrame(columns=columns)
     table = pd.concat(tables, ignore_index=True)
-    return table.assign(says=[say_difference(low, high) for low, high in zip(table["low"], table["high"], strict=True)])[columns]
+    return table.assign(
+        says=[say_difference(low, high) for low, high in zip(table["low"], table["high"], strict=True)]
+    )[columns]
 
 # %% ../nbs/24_imbalance.ipynb #24-023
-BETTER = {"weighted_log_loss": ("worse", "better"), "log_loss": ("worse", "better"), "auc": ("better", "worse"), "average_precision": ("better", "worse")}
+BETTER = {
+    "weighted_log_loss": ("worse", "better"),
+    "log_loss": ("worse", "better"),
+    "auc": ("better", "worse"),
+    "average_precision": ("better", "worse"),
+}
 
 # %% ../nbs/24_imbalance.ipynb #24-024
 def say_row(
@@ -142,7 +176,9 @@ def say_row(
     "A difference in words."
     if pd.isna(row["value"]):
         return f"{name}: {row['note']}"
-    value, low, high = (f"{round(row[c], 3) + 0.0:+.3f}" if pd.notna(row[c]) else None for c in ("value", "low", "high"))
+    value, low, high = (
+        f"{round(row[c], 3) + 0.0:+.3f}" if pd.notna(row[c]) else None for c in ("value", "low", "high")
+    )
     if low is None:
         return f"{name} {value} ({row['note']})"
     return f"{name} {say_difference(row['low'], row['high'], *BETTER[row['metric']])} ({value}, {low} to {high})"
@@ -152,9 +188,17 @@ def say_labels(
     rows: pd.DataFrame,  # of `difference_table`: one metric, the five subtypes
 ) -> str:
     "Which subtypes a difference in AUC is found for."
-    says = {label: say_difference(low, high, "better", "worse") for label, low, high in zip(rows["label"], rows["low"], rows["high"], strict=True)}
-    groups = {word: [label for label, s in says.items() if s == word] for word in ("better", "worse", "no difference", "no interval")}
-    return "AUC by subtype: " + "; ".join(f"{word} for {'all five' if len(found) == 5 else ', '.join(found)}" for word, found in groups.items() if found)
+    says = {
+        label: say_difference(low, high, "better", "worse")
+        for label, low, high in zip(rows["label"], rows["low"], rows["high"], strict=True)
+    }
+    groups = {
+        word: [label for label, s in says.items() if s == word]
+        for word in ("better", "worse", "no difference", "no interval")
+    }
+    return "AUC by subtype: " + "; ".join(
+        f"{word} for {'all five' if len(found) == 5 else ', '.join(found)}" for word, found in groups.items() if found
+    )
 
 # %% ../nbs/24_imbalance.ipynb #24-027
 def describe_study(
@@ -162,19 +206,35 @@ def describe_study(
     differences: pd.DataFrame,  # as `difference_table` gives it
 ) -> list[str]:
     "What came out, in sentences."
-    reference, arms, n_patients = reference_arm(study), dict.fromkeys(arm for arm, _ in study.values), len(np.unique(study.patient))
+    reference, arms, n_patients = (
+        reference_arm(study),
+        dict.fromkeys(arm for arm, _ in study.values),
+        len(np.unique(study.patient)),
+    )
     data = f"{len(study.y):,} slice{'s' * (len(study.y) != 1)} of {n_patients:,} held-out patient{'s' * (n_patients != 1)}, {100 * study.y[:, -1].mean():.1f}% with hemorrhage"
     lines = [f"{data}; in brackets the difference with its 95% interval, by paired resamples of patients."]
-    rows = {key: part.set_index(["label", "metric"], drop=False) for key, part in differences.groupby(["arm", "probabilities", "minus"])}
+    rows = {
+        key: part.set_index(["label", "metric"], drop=False)
+        for key, part in differences.groupby(["arm", "probabilities", "minus"])
+    }
     for arm in arms:
         if arm != reference:
             row = rows[arm, "corrected", reference]
-            words = [say_row(row.loc[("all", "weighted_log_loss")], "weighted log loss"), say_row(row.loc[("any", "auc")], "AUC of any")]
-            lines.append(f"{arm} against {reference}, after the prior correction: {'; '.join(words)}; {say_labels(row.loc[[(s, 'auc') for s in SUBTYPES]])}.")
+            words = [
+                say_row(row.loc[("all", "weighted_log_loss")], "weighted log loss"),
+                say_row(row.loc[("any", "auc")], "AUC of any"),
+            ]
+            lines.append(
+                f"{arm} against {reference}, after the prior correction: {'; '.join(words)}; {say_labels(row.loc[[(s, 'auc') for s in SUBTYPES]])}."
+            )
     if len(arms) == 1:
-        lines.append(f"Only the arm {reference} was run: there is nothing to compare it with. The parameter `arms` names more.")
+        lines.append(
+            f"Only the arm {reference} was run: there is nothing to compare it with. The parameter `arms` names more."
+        )
     for arm in study.corrected:
-        lines.append(f"The prior correction of {arm}: {say_row(rows[arm, 'corrected', 'raw'].loc[('all', 'weighted_log_loss')], 'weighted log loss')}.")
+        lines.append(
+            f"The prior correction of {arm}: {say_row(rows[arm, 'corrected', 'raw'].loc[('all', 'weighted_log_loss')], 'weighted log loss')}."
+        )
     if not study.corrected:
         lines.append("No arm was undersampled or trained with pos_weight: there is nothing to correct.")
     return lines + _count_findings(differences[differences["minus"] == reference])
@@ -186,11 +246,15 @@ def _count_findings(differences: pd.DataFrame) -> list[str]:
     if known.empty:
         return []
     found = known["says"].isin(["higher", "lower"]).sum()
-    return [f"Of {len(known)} intervals of differences between arms, {found} leave 0 out; where nothing differs, about {0.05 * len(known):.0f} would."]
+    return [
+        f"Of {len(known)} intervals of differences between arms, {found} leave 0 out; where nothing differs, about {0.05 * len(known):.0f} would."
+    ]
 
 # %% ../nbs/24_imbalance.ipynb #24-031
 SHOWN = {  # (label, metric): name, where nothing is learned or what is ideal
-    ("all", "weighted_log_loss"): ("weighted log loss", None), ("any", "auc"): ("AUC of any", 0.5), ("any", "average_precision"): ("average precision of any", None),
+    ("all", "weighted_log_loss"): ("weighted log loss", None),
+    ("any", "auc"): ("AUC of any", 0.5),
+    ("any", "average_precision"): ("average precision of any", None),
     ("any", "calibration_slope"): ("calibration slope of any", 1.0),
 }
 
@@ -207,7 +271,11 @@ def imbalance_table(
         of = part.set_index(["label", "metric"])
         cells = {name: _cell(of.loc[key]) for key, (name, _) in SHOWN.items()}
         first = of.iloc[0]
-        counts = {"slices": f"{first['n']:,}", "patients": f"{first['n_patients']:,}", "prevalence": f"{100 * first['prevalence']:.1f}%"}
+        counts = {
+            "slices": f"{first['n']:,}",
+            "patients": f"{first['n_patients']:,}",
+            "prevalence": f"{100 * first['prevalence']:.1f}%",
+        }
         rows.append({"arm": f"{arm}, {kind}" if arm in corrected else arm} | cells | counts)
     return pd.DataFrame(rows)
 
@@ -241,7 +309,9 @@ def plot_imbalance(
     arms, shift = list(dict.fromkeys(table["arm"])), {"raw": -0.14, "corrected": 0.14}
     others = differences[(differences["probabilities"] == "corrected") & (differences["minus"] != "raw")]
     n_rows = 1 + (len(others) > 0)
-    fig, axes = plt.subplots(n_rows, len(SHOWN), figsize=(10.4, 0.7 + n_rows * (0.75 + 0.3 * len(arms))), squeeze=False, sharey="row")
+    fig, axes = plt.subplots(
+        n_rows, len(SHOWN), figsize=(10.4, 0.7 + n_rows * (0.75 + 0.3 * len(arms))), squeeze=False, sharey="row"
+    )
     for ax, (key, (name, mark)) in zip(axes[0], SHOWN.items(), strict=True):
         for y, arm in enumerate(arms):
             for kind, by in shift.items():
@@ -253,7 +323,9 @@ def plot_imbalance(
     handles = [plt.Line2D([], [], color=KIND_COLORS[kind], marker="o", ms=5, label=kind) for kind in shift]
     fig.legend(handles=handles, loc="outside upper right", ncols=2, fontsize=9)
     intervals = "95% intervals" if table["low"].notna().any() else "one patient: no intervals"
-    fig.suptitle(f"The arms on the same held-out patients, {intervals}{note and ', ' + note}", fontsize=10, x=0.01, ha="left")
+    fig.suptitle(
+        f"The arms on the same held-out patients, {intervals}{note and ', ' + note}", fontsize=10, x=0.01, ha="left"
+    )
     if len(others):
         _plot_differences(axes[1], others, {name: key for key, (name, _) in SHOWN.items()})
     return fig
@@ -302,12 +374,19 @@ def save_study(
     results, differences = table_2(study), difference_table(study)
     sentences = describe_study(study, differences)
     tables = {
-        "table_2": results, "imbalance": imbalance_table(results, study.corrected), "imbalance_differences": differences,
+        "table_2": results,
+        "imbalance": imbalance_table(results, study.corrected),
+        "imbalance_differences": differences,
         "imbalance_words": pd.DataFrame({"what came out": sentences}),
     }
     for name, table in tables.items():
         save_table(table, folder / f"{name}.csv")
-    figures = {"imbalance.svg": (plot_imbalance(results, differences, note), "The arms of the study of imbalance on the same held-out patients, and their paired differences.")}
+    figures = {
+        "imbalance.svg": (
+            plot_imbalance(results, differences, note),
+            "The arms of the study of imbalance on the same held-out patients, and their paired differences.",
+        )
+    }
     by_label = plot_label_differences(differences, note)
     if by_label is not None:
         figures["imbalance_labels.svg"] = by_label, "Differences in AUC between the arms, by label."

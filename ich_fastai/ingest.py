@@ -30,9 +30,7 @@ from .cache import SCHEMA, SHARD_ROWS, printable, read_shard, read_size, save_se
 from .cache import write_shard
 
 # %% ../nbs/07_ingest.ipynb #07-007
-def list_files(
-    dicom_dir: str | Path,
-) -> dict[str, str]:  # printable name, in order: the name on disk
+def list_files(dicom_dir: str | Path) -> dict[str, str]:  # printable name, in order: the name on disk
     "The entries of a DICOM folder but hidden ones. Raises `InputError` when there is no folder or nothing in it."
     try:
         with os.scandir(dicom_dir) as entries:
@@ -73,7 +71,9 @@ def extend_plan(
         return plan
     first = int(plan["shard"].max()) + 1 if len(plan) else 0
     shard = first + np.arange(len(new), dtype=np.int32) // SHARD_ROWS
-    return pd.concat([plan, pd.DataFrame({"file": pd.array(new, "string"), "shard": shard})], ignore_index=True).astype({"shard": "int32"})
+    return pd.concat([plan, pd.DataFrame({"file": pd.array(new, "string"), "shard": shard})], ignore_index=True).astype(
+        {"shard": "int32"}
+    )
 
 # %% ../nbs/07_ingest.ipynb #07-012
 def save_plan(
@@ -100,6 +100,7 @@ def find_changed(
     dicom_dir: str | Path,
 ) -> pd.DataFrame:  # the rows of `done` whose file is another now
     "Cached files that changed since, and those that could not be read and can be now."
+
     def is_same(name, n_bytes, modified_ns, error):
         if name not in files:
             return True
@@ -111,6 +112,7 @@ def find_changed(
         except OSError:
             return True
         return (now.st_size, now.st_mtime_ns) == (n_bytes, modified_ns)
+
     same = map(is_same, *(done[c].to_list() for c in ("file", "bytes", "modified_ns", "error")))
     return done[~np.fromiter(same, dtype=bool, count=len(done))]
 
@@ -125,9 +127,13 @@ def check_unchanged(
     changed = find_changed(done, files, dicom_dir)
     if len(changed):
         shards = sorted(set(changed["shard"]))
-        what = " ".join(f"shard-{n:05d}.parquet" for n in shards[:8]) + (f" ... ({len(shards)} in all)" if len(shards) > 8 else "")
+        what = " ".join(f"shard-{n:05d}.parquet" for n in shards[:8]) + (
+            f" ... ({len(shards)} in all)" if len(shards) > 8 else ""
+        )
         first = ", ".join(changed["file"].head(3)) + (", ..." if len(changed) > 3 else "")
-        raise InputError(f"{cache_dir}: {len(changed)} files have changed since they were cached ({first}); to read them again delete {what}")
+        raise InputError(
+            f"{cache_dir}: {len(changed)} files have changed since they were cached ({first}); to read them again delete {what}"
+        )
 
 # %% ../nbs/07_ingest.ipynb #07-018
 def _start_worker() -> None:
@@ -148,7 +154,9 @@ def _is_death(e: Exception) -> bool:
 @contextmanager
 def _hold_interrupt():
     "Let Ctrl-C wait: a process pool that it hits while it starts hangs, and a worker that has not begun prints a traceback."
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as under nohup
+    if (
+        threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # as under nohup
         yield
         return
     asked, mask = [], signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which workers inherit
@@ -203,7 +211,9 @@ def run_shards(
             idle = 0 if _run_round(pool, todo, write, report, here, ahead) else idle + 1
         if idle == 3:
             first, files = next(iter(todo.items()))
-            raise InputError(f"{files[0]}: the workers, or their scheduler, died three times on shard {first} that begins here (out of memory?); run again to go on")
+            raise InputError(
+                f"{files[0]}: the workers, or their scheduler, died three times on shard {first} that begins here (out of memory?); run again to go on"
+            )
 
 # %% ../nbs/07_ingest.ipynb #07-025
 class Monitor:
@@ -212,7 +222,13 @@ class Monitor:
     def __init__(self, n_files: int, n_todo: int, errors: list, max_error_share: float, out: Path, progress: bool):
         from tqdm import tqdm
 
-        self.errors, self.allowed, self.out, self.bytes, self.start = errors, max(10, max_error_share * n_files), out, 0, time.perf_counter()
+        self.errors, self.allowed, self.out, self.bytes, self.start = (
+            errors,
+            max(10, max_error_share * n_files),
+            out,
+            0,
+            time.perf_counter(),
+        )
         self.bar = tqdm(total=n_todo, unit=" files", desc="ingest", disable=not progress, ncols=90, mininterval=0.5)
 
     def count(self, n_bytes: int, n_files: int = 1) -> None:
@@ -227,7 +243,9 @@ class Monitor:
         n = sum(map(len, self.errors))
         if n > self.allowed:
             listed = save_table(pd.concat(self.errors), self.out / "errors.csv")
-            raise InputError(f"{listed}: {n} files cannot be used, more than the {self.allowed:.0f} allowed; see there, or raise max_error_share")
+            raise InputError(
+                f"{listed}: {n} files cannot be used, more than the {self.allowed:.0f} allowed; see there, or raise max_error_share"
+            )
 
     def report(self, shard: pd.DataFrame) -> None:
         "A shard that another process finished."
@@ -235,16 +253,28 @@ class Monitor:
         self.check(shard)
 
 # %% ../nbs/07_ingest.ipynb #07-027
-def _write_todo(todo: dict, dicom_dir: Path, cache_dir: Path, size: int, executor: Executor | None, workers: int, monitor: Monitor) -> None:
+def _write_todo(
+    todo: dict, dicom_dir: Path, cache_dir: Path, size: int, executor: Executor | None, workers: int, monitor: Monitor
+) -> None:
     "Write the shards: on the given executor, or here and in a local pool."
     write = partial(write_shard, dicom_dir=str(dicom_dir), cache_dir=str(cache_dir), size=size)
-    def here(files, number): monitor.check(write(files, number=number, tick=monitor.count))
+
+    def here(files, number):
+        monitor.check(write(files, number=number, tick=monitor.count))
+
     n_pool = min(workers, len(todo) // 2) - 1  # for a shard or two it does not pay to start a process
     if executor:
         run_shards(todo, write, partial(nullcontext, executor), monitor.report)
     elif n_pool > 0:
         spawn = multiprocessing.get_context("spawn")  # fork is not safe beside torch's threads
-        run_shards(todo, write, partial(ProcessPoolExecutor, n_pool, mp_context=spawn, initializer=_start_worker), monitor.report, here, 2 * n_pool)
+        run_shards(
+            todo,
+            write,
+            partial(ProcessPoolExecutor, n_pool, mp_context=spawn, initializer=_start_worker),
+            monitor.report,
+            here,
+            2 * n_pool,
+        )
     else:
         for number, files in todo.items():
             here(files, number)
@@ -256,7 +286,9 @@ def mark_duplicates(
 ) -> pa.Table:  # the same rows
     "The table with an error at each file that repeats the SOPInstanceUID of an earlier one."
     errors = []
-    for file, uid, error in zip(*(table[name].to_pylist() for name in ("file", "SOPInstanceUID", "error")), strict=True):
+    for file, uid, error in zip(
+        *(table[name].to_pylist() for name in ("file", "SOPInstanceUID", "error")), strict=True
+    ):
         if error is None and first.setdefault(uid, file) != file:
             error = f"duplicate: same SOPInstanceUID as {first[uid]}"
         errors.append(error)
@@ -270,11 +302,13 @@ def join_tables(
     path: Path,  # of the table
 ) -> None:
     "Write the shards' tables as one, a shard at a time, so that memory does not grow with it."
+
     def write(p):
         first = {}
         with ParquetWriter(p, SCHEMA) as out:
             for n in numbers:
                 out.write_table(mark_duplicates(read_table(shard_paths(cache_dir, n)[1]), first))
+
     write_file(path, write)
 
 # %% ../nbs/07_ingest.ipynb #07-031
@@ -302,14 +336,18 @@ def _remove_left_overs(cache_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 # %% ../nbs/07_ingest.ipynb #07-033
-def _ingest_locked(dicom_dir, cache_dir: Path, size: int, executor, workers: int, max_error_share: float, progress: bool) -> pd.DataFrame:
+def _ingest_locked(
+    dicom_dir, cache_dir: Path, size: int, executor, workers: int, max_error_share: float, progress: bool
+) -> pd.DataFrame:
     "`ingest`, while no other run writes to the cache."
     _remove_left_overs(cache_dir)  # of a killed run
     job = Job(dicom_dir, cache_dir, size)
     if job.grown:
         save_plan(job.plan, cache_dir, size)
     errors = [t.loc[t["error"].notna(), ["file", "error"]] for t in job.done.values()]
-    monitor = Monitor(len(job.plan), sum(map(len, job.todo.values())), errors, max_error_share, cache_dir.parent, progress)
+    monitor = Monitor(
+        len(job.plan), sum(map(len, job.todo.values())), errors, max_error_share, cache_dir.parent, progress
+    )
     with monitor.bar:
         _write_todo(job.todo, dicom_dir, cache_dir, size, executor, workers, monitor)
     _remove_left_overs(cache_dir)  # of killed workers
@@ -352,14 +390,22 @@ def ingest(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(cache_dir / ".lock", timeout=0):
-            slices = _ingest_locked(dicom_dir, cache_dir, size, executor, workers or _cores(), max_error_share, progress)
+            slices = _ingest_locked(
+                dicom_dir, cache_dir, size, executor, workers or _cores(), max_error_share, progress
+            )
     except Timeout:
-        raise InputError(f"{cache_dir}: another run is writing this cache; wait for it, or choose another folder") from None
+        raise InputError(
+            f"{cache_dir}: another run is writing this cache; wait for it, or choose another folder"
+        ) from None
     except OSError as e:
-        raise InputError(f"{cache_dir}: cannot be written ({e.strerror}); choose another folder or free some space") from e
+        raise InputError(
+            f"{cache_dir}: cannot be written ({e.strerror}); choose another folder or free some space"
+        ) from e
     if slices["error"].notna().all():
         first = slices.iloc[0]
-        raise InputError(f"{dicom_dir}: none of its {len(slices)} files is a CT slice, e.g. {first['file']}: {first['error']}")
+        raise InputError(
+            f"{dicom_dir}: none of its {len(slices)} files is a CT slice, e.g. {first['file']}: {first['error']}"
+        )
     return slices
 
 # %% ../nbs/07_ingest.ipynb #07-037
@@ -416,7 +462,9 @@ def ich_ingest(
             print(f"{scheduler}: has no workers yet; waiting for them")
         executor = client.get_executor()
     try:
-        slices = ingest(dicom_dir, cache_dir, size, executor, workers=workers, max_error_share=max_error_share, progress=True)
+        slices = ingest(
+            dicom_dir, cache_dir, size, executor, workers=workers, max_error_share=max_error_share, progress=True
+        )
     except KeyboardInterrupt:
         raise InputError(f"{cache_dir}: stopped; the same command goes on from here") from None
     print(_summary(slices, time.perf_counter() - start))
@@ -433,4 +481,6 @@ def connect_scheduler(
     try:
         return Client(address, timeout=10)
     except (OSError, ValueError) as e:
-        raise InputError(f"{address}: no Dask scheduler answers ({str(e).splitlines()[0]}); start one with `dask scheduler`") from e
+        raise InputError(
+            f"{address}: no Dask scheduler answers ({str(e).splitlines()[0]}); start one with `dask scheduler`"
+        ) from e

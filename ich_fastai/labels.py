@@ -26,6 +26,7 @@ LABEL_COLORS = dict(zip(LABELS, COLORS, strict=True))
 # %% ../nbs/01_labels.ipynb #01-010
 class Dataset(NamedTuple):
     "A dataset in the RSNA layout."
+
     labels_csv: Path  # the label CSV, perhaps .gz or .zip
     dicom_dir: Path  # the folder with the labelled slices
     stage: int  # 1 or 2
@@ -39,13 +40,25 @@ def find_dataset(
     if not data_dir.is_dir():
         raise InputError(f"{data_dir}: no such folder; see data/README.md on how to get the RSNA data")
     homes = (data_dir, data_dir / "rsna-intracranial-hemorrhage-detection")
-    csvs = [(home / f"stage_{stage}_train.csv{suffix}", stage) for home in homes for stage in (2, 1) for suffix in ("", ".gz", ".zip")]
+    csvs = [
+        (home / f"stage_{stage}_train.csv{suffix}", stage)
+        for home in homes
+        for stage in (2, 1)
+        for suffix in ("", ".gz", ".zip")
+    ]
     csv, stage = next(((c, s) for c, s in csvs if c.is_file()), (None, None))
     if csv is None:
-        raise InputError(f"{data_dir}: has no stage_1_train.csv or stage_2_train.csv (.gz, .zip); see data/README.md for the layout")
-    dicom_dir = next((d for d in (csv.parent / f"stage_{stage}_train", csv.parent / f"stage_{stage}_train_images") if d.is_dir()), None)
+        raise InputError(
+            f"{data_dir}: has no stage_1_train.csv or stage_2_train.csv (.gz, .zip); see data/README.md for the layout"
+        )
+    dicom_dir = next(
+        (d for d in (csv.parent / f"stage_{stage}_train", csv.parent / f"stage_{stage}_train_images") if d.is_dir()),
+        None,
+    )
     if dicom_dir is None:
-        raise InputError(f"{csv.parent}: has {csv.name} but no folder stage_{stage}_train or stage_{stage}_train_images with the DICOM files")
+        raise InputError(
+            f"{csv.parent}: has {csv.name} but no folder stage_{stage}_train or stage_{stage}_train_images with the DICOM files"
+        )
     return Dataset(csv, dicom_dir, stage)
 
 # %% ../nbs/01_labels.ipynb #01-015
@@ -60,7 +73,9 @@ def _scan_rows(csv: Path):
     frame = pl.scan_csv(source, schema_overrides={"Label": pl.Int8}, glob=False)
     missing = {"ID", "Label"} - set(frame.collect_schema().names())
     if missing:
-        raise InputError(f"{csv}: has no column {', '.join(sorted(missing))}; it needs the columns ID,Label of stage_1_train.csv")
+        raise InputError(
+            f"{csv}: has no column {', '.join(sorted(missing))}; it needs the columns ID,Label of stage_1_train.csv"
+        )
     bit, suffix = pl.lit(0, pl.UInt8), pl.lit(0, pl.UInt32)
     for k, label in enumerate(LABELS):
         ends = pl.col("ID").str.ends_with(f"_{label}")
@@ -76,7 +91,12 @@ def _collect_bits(rows):
     bit, value = pl.col("bit"), pl.col("Label")
     ones, zeros = (pl.when(value == v).then(bit).otherwise(pl.lit(0, pl.UInt8)) for v in (1, 0))
     rows = rows.select("id", ones=ones, zeros=zeros, bad=~(value.is_in([0, 1]).fill_null(False) & (bit > 0)))
-    return rows.group_by("id").agg(pl.col("ones", "zeros").bitwise_or(), pl.col("bad").any()).collect(engine="streaming").sort("id")
+    return (
+        rows.group_by("id")
+        .agg(pl.col("ones", "zeros").bitwise_or(), pl.col("bad").any())
+        .collect(engine="streaming")
+        .sort("id")
+    )
 
 # %% ../nbs/01_labels.ipynb #01-018
 def _check_bits(slices, csv: Path) -> None:
@@ -88,7 +108,10 @@ def _check_bits(slices, csv: Path) -> None:
         (pl.col("bad"), "a row that is not ID_<slice>_<label>,<0 or 1> with a known label (a truncated file?)"),
         (pl.col("ones") & pl.col("zeros") != 0, "duplicate rows that contradict each other"),
         (pl.col("ones") | pl.col("zeros") != 2 * any_bit - 1, "fewer than six labels (a truncated file?)"),
-        ((pl.col("ones") >= any_bit) != (pl.col("ones") % any_bit > 0), "a label 'any' that is not the OR of the five subtypes"),
+        (
+            (pl.col("ones") >= any_bit) != (pl.col("ones") % any_bit > 0),
+            "a label 'any' that is not the OR of the five subtypes",
+        ),
     )
     for wrong, what in rules:
         ids = slices.filter(wrong)["id"].to_list()
@@ -109,7 +132,9 @@ def read_labels(
     except FileNotFoundError:
         raise InputError(f"{csv}: no such file; see data/README.md on how to get the RSNA labels") from None
     except (OSError, EOFError, zipfile.BadZipFile, StopIteration, pl.exceptions.PolarsError) as e:
-        raise InputError(f"{csv}: cannot be read as a label CSV: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+        raise InputError(
+            f"{csv}: cannot be read as a label CSV: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+        ) from e
     if slices.is_empty():
         raise InputError(f"{csv}: holds no label rows")
     _check_bits(slices, csv)
@@ -154,7 +179,16 @@ def plot_cooccurrence(
     import seaborn as sns
 
     fig, ax = plt.subplots(figsize=(6.4, 4))
-    sns.heatmap(cooccurrence(labels), vmin=0, vmax=1, annot=True, fmt=".3f", cmap="cividis", ax=ax, cbar_kws={"label": "p(column given row)"})
+    sns.heatmap(
+        cooccurrence(labels),
+        vmin=0,
+        vmax=1,
+        annot=True,
+        fmt=".3f",
+        cmap="cividis",
+        ax=ax,
+        cbar_kws={"label": "p(column given row)"},
+    )
     ax.set(xlabel="also carries", ylabel="given", title=f"Co-occurrence of labels, {len(labels):,} slices")
     ax.tick_params(axis="x", rotation=35)
     return fig

@@ -95,7 +95,9 @@ def rank_metrics(
             ap = np.where(each > 0, each * (tp / (tp + fp)), 0).sum(1) / n_pos
             out["average_precision"][rows] = np.where(n_neg > 0, ap, np.nan)
             for s in specificities:
-                out[f"sensitivity_at_specificity_{s:g}"][rows] = np.where(n_neg > 0, _sensitivity_at(wn, wp, pos_upto, s), np.nan)
+                out[f"sensitivity_at_specificity_{s:g}"][rows] = np.where(
+                    n_neg > 0, _sensitivity_at(wn, wp, pos_upto, s), np.nan
+                )
     return out
 
 # %% ../nbs/20_metrics.ipynb #20-020
@@ -104,7 +106,9 @@ def simulate_scores(
     n_patients: int = 60,
     seed: int = 0,
     ties: bool = True,  # round the scores to one digit?
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (n,) 0 or 1; (n,) the true probabilities, or rounded; (n,) patients 0 ... n_patients - 1
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # (n,) 0 or 1; (n,) the true probabilities, or rounded; (n,) patients 0 ... n_patients - 1
     "Labels and scores of clustered patients, for examples and tests."
     rng = np.random.default_rng(seed)
     patient = np.sort(np.r_[np.arange(n_patients), rng.integers(n_patients, size=n - n_patients)])
@@ -161,8 +165,11 @@ def mean_metrics(
     n, loss, brier, tp, pos, tn, neg = (weights @ patient_sums(patient, *columns, n_patients=weights.shape[1])).T
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
-            "log_loss": loss / n, "brier": brier / n, "calibration_error": calibration_error(y, p, patient, weights),
-            "sensitivity": tp / pos, "specificity": tn / neg,
+            "log_loss": loss / n,
+            "brier": brier / n,
+            "calibration_error": calibration_error(y, p, patient, weights),
+            "sensitivity": tp / pos,
+            "specificity": tn / neg,
         }
 
 # %% ../nbs/20_metrics.ipynb #20-029
@@ -211,7 +218,9 @@ def calibration_slope(
         return np.full(len(weights), np.nan)
     q = expit(a * x + b)
     v, r = q * (1 - q), y - q
-    sums = np.asarray(weights, np.float64) @ patient_sums(patient, v * x * x, v * x, v, r * x, r, n_patients=weights.shape[1])
+    sums = np.asarray(weights, np.float64) @ patient_sums(
+        patient, v * x * x, v * x, v, r * x, r, n_patients=weights.shape[1]
+    )
     xx, x1, one, gx, g1 = sums.T
     with np.errstate(invalid="ignore", divide="ignore"):
         slope = a + (one * gx - x1 * g1) / (xx * one - x1 * x1)
@@ -236,7 +245,11 @@ def _note(metric: str, y: np.ndarray, p: np.ndarray, positive_patients: int, n_p
         return "one patient: no interval"
     if positive_patients == 1 and metric not in ("specificity", "log_loss", "brier", "weighted_log_loss"):
         return "positives in one patient only: no interval"
-    return "" if min(positive_patients, n_patients) >= 5 or not y.any() else f"positives in {positive_patients} patients: a rough interval"
+    return (
+        ""
+        if min(positive_patients, n_patients) >= 5 or not y.any()
+        else f"positives in {positive_patients} patients: a rough interval"
+    )
 
 # %% ../nbs/20_metrics.ipynb #20-036
 def _undefined(metric: str, y: np.ndarray) -> str:
@@ -259,16 +272,30 @@ def label_metrics(
 ) -> dict:  # metric: (b,)
     "All metrics of one label, for every row of weights."
     slope = calibration_slope(y, p, patient, weights)
-    return rank_metrics(y, p, patient, weights) | mean_metrics(y, p, patient, weights, threshold) | {"calibration_slope": slope}
+    return (
+        rank_metrics(y, p, patient, weights)
+        | mean_metrics(y, p, patient, weights, threshold)
+        | {"calibration_slope": slope}
+    )
 
 # %% ../nbs/20_metrics.ipynb #20-039
 METRICS = (
-    "auc", "average_precision", "sensitivity_at_specificity_0.9", "sensitivity_at_specificity_0.95", "log_loss", "brier", "calibration_error",
-    "sensitivity", "specificity", "calibration_slope",
+    "auc",
+    "average_precision",
+    "sensitivity_at_specificity_0.9",
+    "sensitivity_at_specificity_0.95",
+    "log_loss",
+    "brier",
+    "calibration_error",
+    "sensitivity",
+    "specificity",
+    "calibration_slope",
 )
 
 # %% ../nbs/20_metrics.ipynb #20-040
-SAME = "all resamples are equal: the interval is too narrow"  # say, a sensitivity of 1: nobody was missed in any resample
+SAME = (
+    "all resamples are equal: the interval is too narrow"  # say, a sensitivity of 1: nobody was missed in any resample
+)
 
 # %% ../nbs/20_metrics.ipynb #20-042
 def metric_rows(name: str, values: dict, y: np.ndarray, p: np.ndarray, patient: np.ndarray) -> list[dict]:
@@ -279,12 +306,22 @@ def metric_rows(name: str, values: dict, y: np.ndarray, p: np.ndarray, patient: 
         value, low, high = find_interval(resampled)
         note = _note(metric, y, p, positive, n_patients)
         if not np.isfinite(value):
-            value, low, high, note = None, None, None, note if "needs" in note or "no slice" in note else _undefined(metric, y)
+            value, low, high, note = (
+                None,
+                None,
+                None,
+                note if "needs" in note or "no slice" in note else _undefined(metric, y),
+            )
         elif note.endswith("no interval"):
             low, high = None, None
         elif low == high and not note:
             note = SAME
-        counts = {"n": len(y), "n_positive": int(y.sum()), "n_patients": n_patients, "prevalence": y.mean() if len(y) else None}
+        counts = {
+            "n": len(y),
+            "n_positive": int(y.sum()),
+            "n_patients": n_patients,
+            "prevalence": y.mean() if len(y) else None,
+        }
         rows.append({"label": name, "metric": metric, "value": value, "low": low, "high": high, **counts, "note": note})
     return rows
 
@@ -306,9 +343,17 @@ def metrics_table(
     rows = []
     for k, label in enumerate(LABELS):
         usable = len(y) and np.isfinite(p[:, k]).all()
-        values = label_metrics(y[:, k], p[:, k], codes, weights, threshold[:, k]) if usable else {m: np.array([np.nan]) for m in METRICS}
+        values = (
+            label_metrics(y[:, k], p[:, k], codes, weights, threshold[:, k])
+            if usable
+            else {m: np.array([np.nan]) for m in METRICS}
+        )
         rows += metric_rows(label, values, y[:, k], p[:, k], codes)
     usable = len(y) and np.isfinite(p).all()
-    loss = (weights @ patient_sums(codes, log_losses(y, p) @ COMPETITION_WEIGHTS, np.ones(len(y)), n_patients=len(ids))).T if usable else None
+    loss = (
+        (weights @ patient_sums(codes, log_losses(y, p) @ COMPETITION_WEIGHTS, np.ones(len(y)), n_patients=len(ids))).T
+        if usable
+        else None
+    )
     values = {"weighted_log_loss": loss[0] / loss[1] if usable else np.array([np.nan])}
     return pd.DataFrame(rows + metric_rows("all", values, y[:, -1], p.ravel(), codes))

@@ -51,7 +51,9 @@ def make_loss(
     device: str | torch.device = "cpu",
 ):  # a fastai loss of (logits, labels), both (n, 6)
     "Class-weighted binary cross-entropy."
-    class_w, positive_w = (None if w is None else torch.tensor(w.to_numpy(np.float32), device=device) for w in (weights, pos_weight))
+    class_w, positive_w = (
+        None if w is None else torch.tensor(w.to_numpy(np.float32), device=device) for w in (weights, pos_weight)
+    )
     return BCEWithLogitsLossFlat(weight=class_w, pos_weight=positive_w, flatten=False)
 
 # %% ../nbs/11_model.ipynb #11-016
@@ -86,7 +88,9 @@ def _create_timm(arch: str, n_in: int, pretrained: bool, weights: str, offline: 
     if weights:
         classifier = timm.get_pretrained_cfg(arch).classifier or ()
         heads = (classifier,) if isinstance(classifier, str) else classifier
-        state = {k: v for k, v in timm.models.load_state_dict(str(weights)).items() if k.rpartition(".")[0] not in heads}
+        state = {
+            k: v for k, v in timm.models.load_state_dict(str(weights)).items() if k.rpartition(".")[0] not in heads
+        }
         options = {"pretrained_cfg_overlay": {"state_dict": state, "classifier": None}}
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, offline or constants.HF_HUB_OFFLINE
     try:
@@ -108,7 +112,9 @@ def build_model(
     import timm
 
     if not timm.is_model(arch):
-        raise InputError(f"arch={arch}: timm has no such model; try {', '.join(get_close_matches(arch, timm.list_models(), 5)) or 'resnet18'}")
+        raise InputError(
+            f"arch={arch}: timm has no such model; try {', '.join(get_close_matches(arch, timm.list_models(), 5)) or 'resnet18'}"
+        )
     if weights and not Path(weights).is_file():
         raise InputError(f"{weights}: no such file of pretrained weights")
     if not pretrained or weights:
@@ -117,13 +123,17 @@ def build_model(
         except Exception as e:  # whatever a reader of weights may raise
             if not weights:
                 raise
-            raise InputError(f"{weights}: holds no weights of {arch} ({(str(e) or type(e).__name__).splitlines()[0][:80]})") from e
+            raise InputError(
+                f"{weights}: holds no weights of {arch} ({(str(e) or type(e).__name__).splitlines()[0][:80]})"
+            ) from e
     try:
         return _create_timm(arch, n_in, True, "", True)
     except (OSError, RuntimeError) as e:
         if can_reach_hub():
             return _create_timm(arch, n_in, True, "", False)
-        raise InputError(f"arch={arch}: no pretrained weights here and the hub cannot be reached; give weights=FILE, or pretrained=False to start from scratch") from e
+        raise InputError(
+            f"arch={arch}: no pretrained weights here and the hub cannot be reached; give weights=FILE, or pretrained=False to start from scratch"
+        ) from e
 
 # %% ../nbs/11_model.ipynb #11-023
 class SumOverProcesses(torch.autograd.Function):
@@ -162,7 +172,9 @@ class SharedNorm(torch.nn.Module):
         if self.training:
             x = self.normalize(x)
         else:
-            x = torch.nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            x = torch.nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
         return self.act(self.drop(x)) if hasattr(self, "act") else x
 
 # %% ../nbs/11_model.ipynb #11-025
@@ -176,7 +188,13 @@ def share_norms(
 
         return convert_sync_batchnorm(model)
     for name, child in model.named_children():
-        setattr(model, name, SharedNorm(child) if isinstance(child, torch.nn.modules.batchnorm._BatchNorm) else share_norms(child, device))
+        setattr(
+            model,
+            name,
+            SharedNorm(child)
+            if isinstance(child, torch.nn.modules.batchnorm._BatchNorm)
+            else share_norms(child, device),
+        )
     return model
 
 # %% ../nbs/11_model.ipynb #11-028
@@ -195,6 +213,7 @@ def save_model(
 # %% ../nbs/11_model.ipynb #11-029
 class Model(NamedTuple):
     "A trained model, ready to predict."
+
     network: torch.nn.Module  # (n, n_in, image_size, image_size) to (n, 6) logits, in evaluation mode
     config: dict  # model.json
     device: torch.device  # where it runs
@@ -219,7 +238,11 @@ def load_model(
         network = build_model(config["arch"], config["n_in"])
         network.load_state_dict(load_file(folder / "weights.safetensors"))
     except (FileNotFoundError, NotADirectoryError) as e:
-        raise InputError(f"{folder}: no {Path(e.filename or 'weights.safetensors').name} there; give the model/ folder of a finished run") from None
+        raise InputError(
+            f"{folder}: no {Path(e.filename or 'weights.safetensors').name} there; give the model/ folder of a finished run"
+        ) from None
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
-        raise InputError(f"{folder}: model.json and weights.safetensors do not fit each other or this version: {(str(e) or type(e).__name__).splitlines()[0]}") from e
+        raise InputError(
+            f"{folder}: model.json and weights.safetensors do not fit each other or this version: {(str(e) or type(e).__name__).splitlines()[0]}"
+        ) from e
     return Model(network.eval().to(device), config, device)

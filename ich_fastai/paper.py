@@ -21,7 +21,9 @@ def read_paper(
     csv: str | Path | None = None,  # columns id, what, where, value; the project's data/paper.csv by default
 ) -> pd.DataFrame:  # index id; what, where, value (Int64, null where the text gives none)
     "The statements of the paper."
-    return pd.read_csv(csv or project_dir() / "data" / "paper.csv", comment="#", index_col="id").astype({"value": "Int64"})
+    return pd.read_csv(csv or project_dir() / "data" / "paper.csv", comment="#", index_col="id").astype(
+        {"value": "Int64"}
+    )
 
 # %% ../nbs/40_paper.ipynb #40-011
 def table_1(
@@ -45,10 +47,20 @@ def plot_table_1(
         values = table.loc[list(SUBTYPES), f"{name} p_given_any"].astype(float)
         ax.barh(y + offset, values, height=0.38, color=[LABEL_COLORS[s] for s in SUBTYPES], alpha=alpha)
         for yi, v in zip(y, values, strict=True):
-            ax.text(0 if np.isnan(v) else v, yi + offset, f" {name}: no slice bleeds" if np.isnan(v) else f" {v:.3f} {name}", va="center", fontsize=8)
+            ax.text(
+                0 if np.isnan(v) else v,
+                yi + offset,
+                f" {name}: no slice bleeds" if np.isnan(v) else f" {v:.3f} {name}",
+                va="center",
+                fontsize=8,
+            )
     ax.set_yticks(y, SUBTYPES)
     ax.invert_yaxis()
-    ax.set(xlabel="p(H given any=1)", xlim=(0, max(0.55, table["this data p_given_any"].astype(float).fillna(0)[:-1].max() * 1.25)), title=f"Table 1{note and ', this data: ' + note}")
+    ax.set(
+        xlabel="p(H given any=1)",
+        xlim=(0, max(0.55, table["this data p_given_any"].astype(float).fillna(0)[:-1].max() * 1.25)),
+        title=f"Table 1{note and ', this data: ' + note}",
+    )
     return fig
 
 # %% ../nbs/40_paper.ipynb #40-016
@@ -59,7 +71,9 @@ def heat_map_table(
     data = {"RSNA": read_combinations(), "this data": labels}
     if class_balance(labels).equals(class_balance(data["RSNA"])):
         data = {"RSNA": labels}
-    return pd.concat([cooccurrence(part).reset_index().assign(data=name) for name, part in data.items()])[["data", "given", *LABELS]]
+    return pd.concat([cooccurrence(part).reset_index().assign(data=name) for name, part in data.items()])[
+        ["data", "given", *LABELS]
+    ]
 
 # %% ../nbs/40_paper.ipynb #40-017
 def plot_heat_map(
@@ -70,19 +84,27 @@ def plot_heat_map(
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    parts = {name: part.set_index("given")[list(LABELS)].astype(float) for name, part in table.groupby("data", sort=False)}
+    parts = {
+        name: part.set_index("given")[list(LABELS)].astype(float) for name, part in table.groupby("data", sort=False)
+    }
     fig, axes = plt.subplots(1, len(parts), figsize=(4.9 * len(parts) + 0.8, 4.2), squeeze=False, sharey=True)
     for ax, (name, part) in zip(axes[0], parts.items(), strict=True):
         text = part.map(lambda v: "–" if np.isnan(v) else f"{v:.2f}")
         bar = {"cbar": ax is axes[0, -1], "cbar_kws": {"label": "p(column given row)"}}
         sns.heatmap(part, vmin=0, vmax=1, annot=text, fmt="", annot_kws={"fontsize": 8}, cmap="cividis", ax=ax, **bar)
-        ax.set(xlabel="also carries", ylabel="given" if ax is axes[0, 0] else "", title=name + (f": {note}" if note and name == "this data" else ""))
+        ax.set(
+            xlabel="also carries",
+            ylabel="given" if ax is axes[0, 0] else "",
+            title=name + (f": {note}" if note and name == "this data" else ""),
+        )
         ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=35, ha="right")
         ax.tick_params(axis="y", rotation=0)
     return fig
 
 # %% ../nbs/40_paper.ipynb #40-022
-CLEAN_POSITIVES = 97_041  # J. Howard's cleaning notebook (Kaggle, 2019): slices with hemorrhage of which at least 2% is brain
+CLEAN_POSITIVES = (
+    97_041  # J. Howard's cleaning notebook (Kaggle, 2019): slices with hemorrhage of which at least 2% is brain
+)
 
 # %% ../nbs/40_paper.ipynb #40-023
 def explain_missing(
@@ -108,7 +130,11 @@ def judge(
         return f"not computable from these files: {reason}"
     if ours == paper:
         return "equal"
-    return "different: the rule is inferred from the arithmetic (notebook 08)" if same_data else "different: this is another dataset"
+    return (
+        "different: the rule is inferred from the arithmetic (notebook 08)"
+        if same_data
+        else "different: this is another dataset"
+    )
 
 # %% ../nbs/40_paper.ipynb #40-025
 def derivation(
@@ -124,20 +150,40 @@ def derivation(
         ("labelled slices", value["slices"], "the paper", len(labels)),
         ("without hemorrhage", value["normal"], "the paper", (labels["any"] == 0).sum()),
         ("with hemorrhage", value["positive"], "the paper", labels["any"].sum()),
-        ("of these dropped: less than 2% of the slice is brain", value["positive"] - CLEAN_POSITIVES, "the difference", None if reason else ours["lost"]),
-        ("with hemorrhage, after cleaning", CLEAN_POSITIVES, "J. Howard's cleaning notebook (Kaggle, 2019)", None if reason else ours["clean"]),
-        ("with as many normal ones, drawn at random", value["sample"], "the paper; twice the row above", None if reason else ours["sample"]),
+        (
+            "of these dropped: less than 2% of the slice is brain",
+            value["positive"] - CLEAN_POSITIVES,
+            "the difference",
+            None if reason else ours["lost"],
+        ),
+        (
+            "with hemorrhage, after cleaning",
+            CLEAN_POSITIVES,
+            "J. Howard's cleaning notebook (Kaggle, 2019)",
+            None if reason else ours["clean"],
+        ),
+        (
+            "with as many normal ones, drawn at random",
+            value["sample"],
+            "the paper; twice the row above",
+            None if reason else ours["sample"],
+        ),
     )
     same = len(labels) == value["slices"]
     rows = [(step, rsna, source, our, judge(rsna, our, reason, same)) for step, rsna, source, our in steps]
-    return pd.DataFrame(rows, columns=["step", "RSNA", "source", "this data", "verdict"]).astype({"RSNA": "Int64", "this data": "Int64"})
+    return pd.DataFrame(rows, columns=["step", "RSNA", "source", "this data", "verdict"]).astype(
+        {"RSNA": "Int64", "this data": "Int64"}
+    )
 
 # %% ../nbs/40_paper.ipynb #40-030
 def weight_table(
     labels: pd.DataFrame,  # the labels of this run
 ) -> pd.DataFrame:  # index label; n and weight, of RSNA and of this data
     "The loss weights that the paper's rule gives."
-    tables = {name: class_balance(part)[["n"]].assign(weight=class_weights(part)) for name, part in (("RSNA", read_combinations()), ("this data", labels))}
+    tables = {
+        name: class_balance(part)[["n"]].assign(weight=class_weights(part))
+        for name, part in (("RSNA", read_combinations()), ("this data", labels))
+    }
     return tables["RSNA"].add_prefix("RSNA ").join(tables["this data"].add_prefix("this data "))
 
 # %% ../nbs/40_paper.ipynb #40-033
@@ -167,8 +213,13 @@ def compare_paper(
     "What the paper says beside what we get."
     paper, ours = read_paper(), recount(labels, cohort)
     same = len(labels) == paper.loc["slices", "value"]
-    rows = [(r["what"], r["where"], r["value"], ours[key][0], judge(r["value"], *ours[key], same)) for key, r in paper.iterrows()]
-    return pd.DataFrame(rows, columns=["what", "where", "paper", "ours", "verdict"]).astype({"paper": "Int64", "ours": "Int64"})
+    rows = [
+        (r["what"], r["where"], r["value"], ours[key][0], judge(r["value"], *ours[key], same))
+        for key, r in paper.iterrows()
+    ]
+    return pd.DataFrame(rows, columns=["what", "where", "paper", "ours", "verdict"]).astype(
+        {"paper": "Int64", "ours": "Int64"}
+    )
 
 # %% ../nbs/40_paper.ipynb #40-039
 def make_paper(
@@ -179,7 +230,10 @@ def make_paper(
     run_dir, note = Path(run_dir), data_note(data_dir)
     labels, cohort = (pd.read_parquet(stage_file(run_dir, name)) for name in ("labels.parquet", "cohort.parquet"))
     tables = {
-        "paper": compare_paper(labels, cohort), "table_1": table_1(labels), "heat_map": heat_map_table(labels), "derivation": derivation(labels, cohort),
+        "paper": compare_paper(labels, cohort),
+        "table_1": table_1(labels),
+        "heat_map": heat_map_table(labels),
+        "derivation": derivation(labels, cohort),
         "class_weights": weight_table(labels),
     }
     for name, table in tables.items():

@@ -43,10 +43,22 @@ def _uid(
     return "ID_" + hashlib.sha256(repr(key).encode()).hexdigest()[:digits]
 
 # %% ../nbs/05_phantom.ipynb #05-010
-ENCODINGS = {"12u": (12, 0, -1024), "12s": (12, 1, 0), "16s": (16, 1, -1024)}  # BitsStored, PixelRepresentation, RescaleIntercept
+ENCODINGS = {
+    "12u": (12, 0, -1024),
+    "12s": (12, 1, 0),
+    "16s": (16, 1, -1024),
+}  # BitsStored, PixelRepresentation, RescaleIntercept
 
 # %% ../nbs/05_phantom.ipynb #05-012
-TRAPS = ("wrapped_intercept", "string_intercept", "multi_window", "padding", "odd_size", "duplicate_position", "missing_position")  # of whole series
+TRAPS = (
+    "wrapped_intercept",
+    "string_intercept",
+    "multi_window",
+    "padding",
+    "odd_size",
+    "duplicate_position",
+    "missing_position",
+)  # of whole series
 FILE_TRAPS = ("truncated", "duplicate_labels")  # of single slices
 
 # %% ../nbs/05_phantom.ipynb #05-013
@@ -72,7 +84,12 @@ def _dataset(scan: Scan, index: int, uids: tuple, stored: np.ndarray, intercept:
     "The pydicom Dataset of one slice, with RSNA's tags."
     bits, signed, _ = ENCODINGS[scan.encoding]
     ds = Dataset()
-    ds.SOPInstanceUID, ds.Modality, ds.PatientID, ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.StudyID = uids[0], "CT", *uids[1:], ""
+    ds.SOPInstanceUID, ds.Modality, ds.PatientID, ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.StudyID = (
+        uids[0],
+        "CT",
+        *uids[1:],
+        "",
+    )
     x, y, z = scan.origin
     ds.ImagePositionPatient = [f"{v:.6f}" for v in (x, y, z + scan.z[index])]
     ds.ImageOrientationPatient = [f"{v:.6f}" for v in (1, 0, 0, 0, *scan.tilt)]
@@ -80,12 +97,21 @@ def _dataset(scan: Scan, index: int, uids: tuple, stored: np.ndarray, intercept:
     ds.Rows, ds.Columns = stored.shape
     ds.PixelSpacing = [f"{scan.spacing:.6f}"] * 2
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, bits, bits - 1, signed
-    ds.WindowCenter, ds.WindowWidth = (["00036", "00036"], ["00080", "00080"]) if trap == "multi_window" else ("40", "80")
-    ds.RescaleIntercept, ds.RescaleSlope = (f"{intercept:.6f}", "1.000000") if trap == "string_intercept" else (str(intercept), "1")
+    ds.WindowCenter, ds.WindowWidth = (
+        (["00036", "00036"], ["00080", "00080"]) if trap == "multi_window" else ("40", "80")
+    )
+    ds.RescaleIntercept, ds.RescaleSlope = (
+        (f"{intercept:.6f}", "1.000000") if trap == "string_intercept" else (str(intercept), "1")
+    )
     return ds
 
 # %% ../nbs/05_phantom.ipynb #05-017
-COMPRESSIONS = {"rle": "RLELossless", "jpeg": "JPEGLosslessProcess14_1", "jpegls": "JPEGLSLossless", "jpeg2000": "JPEG2000Lossless"}  # names of gdcm.TransferSyntax
+COMPRESSIONS = {
+    "rle": "RLELossless",
+    "jpeg": "JPEGLosslessProcess14_1",
+    "jpegls": "JPEGLSLossless",
+    "jpeg2000": "JPEG2000Lossless",
+}  # names of gdcm.TransferSyntax
 
 # %% ../nbs/05_phantom.ipynb #05-018
 def _compress(
@@ -95,7 +121,10 @@ def _compress(
     "Compress the file's pixels in place; its other tags stay as they are."
     import gdcm
 
-    packed, syntax = path.with_suffix(".packed"), gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, COMPRESSIONS[compress]))
+    packed, syntax = (
+        path.with_suffix(".packed"),
+        gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, COMPRESSIONS[compress])),
+    )
     reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
     reader.SetFileName(str(path))
     reader.Read()
@@ -119,18 +148,23 @@ def _write_dicom(path: Path, ds, stored: np.ndarray, implicit: bool, compress: s
     meta = FileMetaDataset()
     meta.FileMetaInformationGroupLength, meta.FileMetaInformationVersion = 0, b"\0\1"
     meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
-    meta.MediaStorageSOPInstanceUID = f"2.25.{int(hashlib.sha256(ds.SOPInstanceUID.encode()).hexdigest()[:30], 16) + 2**119}"  # always as long
+    meta.MediaStorageSOPInstanceUID = (
+        f"2.25.{int(hashlib.sha256(ds.SOPInstanceUID.encode()).hexdigest()[:30], 16) + 2**119}"  # always as long
+    )
     meta.TransferSyntaxUID = "1.2.840.10008.1.2" if implicit else "1.2.840.10008.1.2.1"
     meta.ImplementationClassUID = "2.25.80302813137786398554742050926734630921"
     ds.add_new("PixelData", "OW", stored.astype("<i2" if stored.dtype == np.int16 else "<u2").tobytes())
     ds.file_meta, ds.preamble = meta, bytes(128)
-    pydicom.dcmwrite(path, ds, implicit_vr=implicit, little_endian=True)  # enforce_file_format would put ID_... into the file meta
+    pydicom.dcmwrite(
+        path, ds, implicit_vr=implicit, little_endian=True
+    )  # enforce_file_format would put ID_... into the file meta
     if compress:
         _compress(path, compress)
 
 # %% ../nbs/05_phantom.ipynb #05-021
 class Patient(NamedTuple):
     "What the plan gives one patient."
+
     number: int
     studies: tuple  # of tuples of indices in SUBTYPES: the types of each study, () for none
     encoding: str  # key of ENCODINGS
@@ -140,7 +174,10 @@ class Patient(NamedTuple):
 
 # %% ../nbs/05_phantom.ipynb #05-022
 P_STUDY = {"rsna": 0.4098, "demo": 0.62}  # share of studies with bleeding; RSNA's counted from its labels and headers
-P_TYPE = {"rsna": (0.039, 0.599, 0.414, 0.443, 0.430), "demo": (0.3, 0.4, 0.35, 0.4, 0.4)}  # p(type in the study given bleeding); RSNA: study level
+P_TYPE = {
+    "rsna": (0.039, 0.599, 0.414, 0.443, 0.430),
+    "demo": (0.3, 0.4, 0.35, 0.4, 0.4),
+}  # p(type in the study given bleeding); RSNA: study level
 PRIMARY = (3, 2, 1, 0, 4)  # indices in SUBTYPES: the main type of the first, second, ... bleeding patient of a demo
 SLICES = {"rsna": (24, 44), "demo": (14, 18)}  # slices a series
 
@@ -175,12 +212,16 @@ def plan_patients(
         first = _draw_types(rng, prevalence, primary) if bleeds[i] else ()
         more = int(rng.random() < 0.14) if traps[i] % 14 >= len(TRAPS) else 0  # RSNA: 19,530 studies of 17,079 patients
         trap = TRAPS[traps[i] % 14] if traps[i] % 14 < len(TRAPS) else ""
-        encoding = {"wrapped_intercept": "12u", "multi_window": "12u", "padding": "16s", "string_intercept": "16s"}.get(trap)
+        encoding = {"wrapped_intercept": "12u", "multi_window": "12u", "padding": "16s", "string_intercept": "16s"}.get(
+            trap
+        )
         encoding = encoding or ("12u", "16s", "12u", "16s", "12s")[groups[i] % 5]
         if shortcut and not trap:
             encoding = "16s" if bleeds[i] == (rng.random() < 0.85) else "12u"
         files = tuple(t for t, lo, hi in (("truncated", 7, 8), ("duplicate_labels", 8, 12)) if lo <= traps[i] < hi)
-        patients.append(Patient(i, (first,) * (1 + more), encoding, trap, int(rng.integers(slices[0], slices[1] + 1)), files))
+        patients.append(
+            Patient(i, (first,) * (1 + more), encoding, trap, int(rng.integers(slices[0], slices[1] + 1)), files)
+        )
     return patients
 
 # %% ../nbs/05_phantom.ipynb #05-027
@@ -214,11 +255,20 @@ def write_study(
     scan = _slice_order(draw_scan(rng, patient.slices, patient.encoding), patient.trap, rng)
     bleeds = [draw_bleed(rng, kind, head) for kind in patient.studies[study]]
     implicit = bool(rng.random() < 0.5) and patient.encoding == "12u" and not compress
-    ids = (_uid(8, seed, "patient", patient.number), _uid(10, seed, "study", patient.number, study), _uid(10, seed, "series", patient.number, study))
-    return [_write_slice(folder, seed, patient, head, bleeds, scan, study, k, ids, implicit, compress) for k in range(len(scan.z))]
+    ids = (
+        _uid(8, seed, "patient", patient.number),
+        _uid(10, seed, "study", patient.number, study),
+        _uid(10, seed, "series", patient.number, study),
+    )
+    return [
+        _write_slice(folder, seed, patient, head, bleeds, scan, study, k, ids, implicit, compress)
+        for k in range(len(scan.z))
+    ]
 
 # %% ../nbs/05_phantom.ipynb #05-031
-def _write_slice(folder: Path, seed, patient: Patient, head: Head, bleeds, scan: Scan, study, k, ids, implicit, compress) -> dict:
+def _write_slice(
+    folder: Path, seed, patient: Patient, head: Head, bleeds, scan: Scan, study, k, ids, implicit, compress
+) -> dict:
     "Write one slice, and its mask where it bleeds; its row of truth.parquet."
     uid = _uid(9, seed, "slice", patient.number, study, k)
     hu, mask = draw_slice(head, bleeds, scan, k, make_rng(seed, patient.number, 2, study, k))
@@ -233,10 +283,23 @@ def _write_slice(folder: Path, seed, patient: Patient, head: Head, bleeds, scan:
         cv2.imwrite(str(folder / "masks" / f"{uid}.png"), mask)
     labels = {s: int(a >= MIN_AREA_MM2) for s, a in zip(SUBTYPES, areas, strict=True)}
     return {
-        "SOPInstanceUID": uid, "PatientID": ids[0], "StudyInstanceUID": ids[1], "SeriesInstanceUID": ids[2], "index": k, "z_mm": scan.z[k], **labels,
-        "any": int(any(labels.values())), **{f"{s}_mm2": a for s, a in zip(SUBTYPES, areas, strict=True)}, "traps": patient.trap,
-        "encoding": patient.encoding, "implicit_vr": implicit, "tilt_sin": scan.tilt[1],
-        "noise_hu": scan.noise, "motion_mm": float(scan.motion), "metal_hu": float(scan.metal[3]), "hardening_hu": scan.hardening,
+        "SOPInstanceUID": uid,
+        "PatientID": ids[0],
+        "StudyInstanceUID": ids[1],
+        "SeriesInstanceUID": ids[2],
+        "index": k,
+        "z_mm": scan.z[k],
+        **labels,
+        "any": int(any(labels.values())),
+        **{f"{s}_mm2": a for s, a in zip(SUBTYPES, areas, strict=True)},
+        "traps": patient.trap,
+        "encoding": patient.encoding,
+        "implicit_vr": implicit,
+        "tilt_sin": scan.tilt[1],
+        "noise_hu": scan.noise,
+        "motion_mm": float(scan.motion),
+        "metal_hu": float(scan.metal[3]),
+        "hardening_hu": scan.hardening,
     }
 
 # %% ../nbs/05_phantom.ipynb #05-032
@@ -249,7 +312,11 @@ def write_patient(
     "Write all studies of one patient."
     cv2.setNumThreads(1)
     head = draw_head(make_rng(seed, patient.number, 0))
-    rows = [row for study in range(len(patient.studies)) for row in write_study(Path(folder), seed, patient, head, study, compress)]
+    rows = [
+        row
+        for study in range(len(patient.studies))
+        for row in write_study(Path(folder), seed, patient, head, study, compress)
+    ]
     rng = make_rng(seed, patient.number, 3)
     rows = [rows[k] for k in rng.permutation(len(rows))]
     normal = [row for row in rows if not row["any"]]
@@ -269,6 +336,7 @@ def _truncate(path: Path) -> None:
 # %% ../nbs/05_phantom.ipynb #05-035
 def _end_with_parent() -> None:
     "Start a thread that ends this worker process when its parent is gone, so that a killed run leaves nobody writing."
+
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -282,7 +350,9 @@ def _run_patients(patients: list[Patient], folder: Path, seed: int, workers: int
     if workers == 1:
         yield from map(work, patients)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    ) as pool:
         yield from pool.map(work, patients)
 
 # %% ../nbs/05_phantom.ipynb #05-037
@@ -336,7 +406,9 @@ def describe_phantom(
         raise InputError(f"{out_dir}: seed={seed} must be 0 or more")
     low_high = list(slices_per_series or SLICES[prevalence])
     if len(low_high) != 2 or not all(isinstance(n, int) for n in low_high) or not 5 <= low_high[0] <= low_high[1]:
-        raise InputError(f"{out_dir}: slices_per_series={','.join(map(str, low_high))} must be two whole numbers of 5 or more, the smaller first")
+        raise InputError(
+            f"{out_dir}: slices_per_series={','.join(map(str, low_high))} must be two whole numbers of 5 or more, the smaller first"
+        )
     about = dict(synthetic=True, version=VERSION, seed=seed, n_patients=n_patients, prevalence=prevalence)
     return about | dict(slices_per_series=low_high, shortcut=shortcut, compress=compress)
 
@@ -362,19 +434,25 @@ def make_phantom(
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise InputError(f"{out_dir}: holds something else; delete it or choose another folder")
     patients = plan_patients(n_patients, seed, prevalence, tuple(about["slices_per_series"]), shortcut)
-    workers = workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), n_patients)
+    workers = workers or min(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), n_patients
+    )
     part = out_dir.absolute().with_name(f".{out_dir.absolute().name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         for name in ("stage_1_train_images", "masks"):
             (part / name).mkdir(parents=True)
         counts = _write_tables(part, patients, seed, workers, compress, progress)
-        write_file(part / "phantom.json", lambda p: p.write_text(json.dumps(about | {"counts": counts}, indent=1) + "\n"))
+        write_file(
+            part / "phantom.json", lambda p: p.write_text(json.dumps(about | {"counts": counts}, indent=1) + "\n")
+        )
         if out_dir.is_dir():
             out_dir.rmdir()
         part.rename(out_dir)
     except OSError as e:
-        raise InputError(f"{out_dir}: cannot be written ({e.strerror or e}); choose another folder or free some space") from e
+        raise InputError(
+            f"{out_dir}: cannot be written ({e.strerror or e}); choose another folder or free some space"
+        ) from e
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out_dir
@@ -424,5 +502,7 @@ def ich_phantom(
     compress: str = "",  # rle, jpeg, jpegls or jpeg2000, all without loss
 ):
     "Make a synthetic head-CT dataset in the RSNA layout."
-    make_phantom(out_dir, n_patients, seed, prevalence, workers=workers, shortcut=shortcut, compress=compress, progress=True)
+    make_phantom(
+        out_dir, n_patients, seed, prevalence, workers=workers, shortcut=shortcut, compress=compress, progress=True
+    )
     print(f"{out_dir}: {n_patients} synthetic patients")

@@ -30,7 +30,11 @@ def list_study(
 ) -> list[Path]:  # sorted
     "The files to try. Raises `InputError` when there are none."
     path = Path(path)
-    found = [path] if path.is_file() else [Path(root, f) for root, _, files in os.walk(path) for f in files if not f.startswith(".")]
+    found = (
+        [path]
+        if path.is_file()
+        else [Path(root, f) for root, _, files in os.walk(path) for f in files if not f.startswith(".")]
+    )
     if not found:
         raise InputError(f"{path}: no such file or folder, or nothing in it; give a DICOM file or a folder of them")
     return sorted(found)
@@ -39,7 +43,9 @@ def list_study(
 def read_study(
     paths: list[Path],  # DICOM files of one or several studies
     size: int,  # px, the cache size that the model was trained on
-) -> tuple[np.ndarray, pd.DataFrame]:  # (n, size, size) int16 HU; a row per file: `index` into HU, `error` null when good, `file` from the folder that holds all
+) -> tuple[
+    np.ndarray, pd.DataFrame
+]:  # (n, size, size) int16 HU; a row per file: `index` into HU, `error` null when good, `file` from the folder that holds all
     "The slices of the files and their table, as notebook 07 makes them; a file that repeats a SOPInstanceUID has an error."
     paths = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
@@ -81,7 +87,9 @@ def apply_corrections(
     x = to_logits(logits, corrections.get("keep_rate", 1.0), corrections.get("pos_weight"))
     if study is not None:
         x = pd.DataFrame(x).groupby(study).max().to_numpy()
-    fitted = corrections.get("calibration" if study is None else "study_calibration") or {label: {"slope": 1.0, "intercept": 0.0} for label in LABELS}
+    fitted = corrections.get("calibration" if study is None else "study_calibration") or {
+        label: {"slope": 1.0, "intercept": 0.0} for label in LABELS
+    }
     slope, intercept = (np.array([fitted[label][name] for label in LABELS], float) for name in ("slope", "intercept"))
     return calibrate(x, slope, intercept)
 
@@ -96,14 +104,18 @@ def predict_series(
         raise InputError("no files: give at least one DICOM file")
     hu, table = read_study(paths, model.config["cache_size"])
     if not len(hu):
-        raise InputError(f"none of the {len(table)} files is a readable CT slice, e.g. {table['file'].iloc[0]}: {table['error'].iloc[0]}")
+        raise InputError(
+            f"none of the {len(table)} files is a readable CT slice, e.g. {table['file'].iloc[0]}: {table['error'].iloc[0]}"
+        )
     good = table[table["error"].isna()]
     good = good.assign(shard=good["index"] // SHARD_ROWS, row=good["index"] % SHARD_ROWS)
     around = find_neighbors(good).loc[good["SOPInstanceUID"]]
     logits = predict_logits(model, hu, input_addresses(around, model.config["neighbors"]))
     p = apply_corrections(logits, model.config["corrections"])
     columns = ["file", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "z_mm", *LABELS, *LOGITS, "error"]
-    good = pd.concat([good.reset_index(drop=True), pd.DataFrame(p, columns=LABELS), pd.DataFrame(logits, columns=LOGITS)], axis=1)
+    good = pd.concat(
+        [good.reset_index(drop=True), pd.DataFrame(p, columns=LABELS), pd.DataFrame(logits, columns=LOGITS)], axis=1
+    )
     result = pd.concat([good, table[table["error"].notna()]]).reindex(columns=columns)
     return result.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "z_mm", "file"], ignore_index=True)
 
@@ -132,7 +144,9 @@ def plot_series(
         ax.plot(good["z_mm"], good[label], color=LABEL_COLORS[label], lw=2.2 if label == "any" else 1.2, label=label)
     if truth is not None:
         bleeds = truth.loc[good["SOPInstanceUID"], "any"].to_numpy() == 1
-        ax.fill_between(good["z_mm"], 0, 1, where=bleeds, color="#D55E00", alpha=0.12, step="mid", label="bleeds (truth)")
+        ax.fill_between(
+            good["z_mm"], 0, 1, where=bleeds, color="#D55E00", alpha=0.12, step="mid", label="bleeds (truth)"
+        )
     ax.set(xlabel="position along the slice normal, mm", ylabel="probability", ylim=(0, 1))
     ax.legend(fontsize=7, ncols=2)
     return fig
@@ -151,7 +165,9 @@ def make_submission(
         wanted = _read_sample(sample_csv)
         missing = wanted[~wanted.isin(table.index)]
         if len(missing):
-            raise InputError(f"{sample_csv}: {len(missing):,} of its rows have no prediction, e.g. {missing.iloc[0]}; predict these slices first")
+            raise InputError(
+                f"{sample_csv}: {len(missing):,} of its rows have no prediction, e.g. {missing.iloc[0]}; predict these slices first"
+            )
         table = table.loc[wanted]
     return pd.DataFrame({"ID": table.index, "Label": table.to_numpy()})
 
@@ -176,7 +192,9 @@ def save_submission(
     table = make_submission(predicted["SOPInstanceUID"], predicted[list(LABELS)], sample_csv)
     wrong = table[~table["Label"].between(0, 1)]
     if len(wrong):
-        raise InputError(f"{len(wrong):,} rows have no probability from 0 to 1, e.g. {wrong['ID'].iloc[0]}: predict these slices again (see column error of predicted.csv)")
+        raise InputError(
+            f"{len(wrong):,} rows have no probability from 0 to 1, e.g. {wrong['ID'].iloc[0]}: predict these slices again (see column error of predicted.csv)"
+        )
     return save_table(table, csv)
 
 # %% ../nbs/31_predict.ipynb #31-032
@@ -193,4 +211,6 @@ def ich_predict(
     save_table(slices, out)
     print(summarize_studies(slices, loaded.config).round(3).to_string(line_width=80))
     errors = slices["error"].dropna()
-    print(f"\n{len(slices):,} files, {len(errors):,} not usable; written to {out}. Not a medical device: for research and teaching only.")
+    print(
+        f"\n{len(slices):,} files, {len(errors):,} not usable; written to {out}. Not a medical device: for research and teaching only."
+    )

@@ -67,7 +67,9 @@ def render_notebook(
 
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = [c for c in notebook.cells if not c.source.startswith(("#| hide", "#| default_exp"))]
-    body, _ = HTMLExporter(template_name="basic", mathjax_url="", require_js_url="", jquery_url="").from_notebook_node(notebook)
+    body, _ = HTMLExporter(template_name="basic", mathjax_url="", require_js_url="", jquery_url="").from_notebook_node(
+        notebook
+    )
     page = wrap_page(path.stem, body, synthetic=synthetic, home="../index.html")
     return write_file(path.with_suffix(".html"), lambda p: p.write_text(page, encoding="utf-8"))
 
@@ -82,7 +84,9 @@ def notebook_title(
         if c["cell_type"] == "markdown"
         for line in "".join(c["source"]).splitlines()
     ]
-    return tuple(next((line.removeprefix(mark) for line in lines if line.startswith(mark)), path.stem) for mark in ("# ", "> "))
+    return tuple(
+        next((line.removeprefix(mark) for line in lines if line.startswith(mark)), path.stem) for mark in ("# ", "> ")
+    )
 
 # %% ../nbs/41_report.ipynb #41-016
 def _for_people(text: str) -> str:
@@ -91,6 +95,7 @@ def _for_people(text: str) -> str:
         return f"{int(text):,}" if text.isdigit() else f"{float(text):.4g}"
     except ValueError:
         return text or "–"
+
 
 def render_table(
     csv: Path,  # a table of the run
@@ -122,12 +127,19 @@ def _pictures(run_dir: Path, pattern: str) -> str:
 # %% ../nbs/41_report.ipynb #41-020
 def _provenance(manifest: dict) -> str:
     "The manifest as lines for a reader."
-    commit = (manifest["commit"] or "unknown") + (" with uncommitted changes" if manifest["uncommitted_changes"] else "")
+    commit = (manifest["commit"] or "unknown") + (
+        " with uncommitted changes" if manifest["uncommitted_changes"] else ""
+    )
     device = ", ".join(manifest["gpu"]) or f"{manifest['cpu_count']} CPU cores, no GPU"
     parameters = ", ".join(f"{k} = {v}" for k, v in manifest["parameters"].items())
     rows = {
-        "preset": manifest["preset"], "data": manifest["data"], "commit": commit, "device": device, "python": manifest["python"],
-        "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()), "parameters": parameters,
+        "preset": manifest["preset"],
+        "data": manifest["data"],
+        "commit": commit,
+        "device": device,
+        "python": manifest["python"],
+        "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
+        "parameters": parameters,
     }
     cells = "".join(f"<tr><th>{k}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
     return f'<div class="scroll text"><table>{cells}</table></div><p><a href="manifest.json">manifest.json</a></p>'
@@ -145,7 +157,10 @@ def write_report(
         "Tables (name.csv) and figures (others) that a notebook of this run has written."
         if notebook not in seconds:
             return f'<p class="soft">{notebook} has not run yet.</p>'
-        return "".join(render_table(run_dir / "tables" / name) if name.endswith(".csv") else _pictures(run_dir, name) for name in names)
+        return "".join(
+            render_table(run_dir / "tables" / name) if name.endswith(".csv") else _pictures(run_dir, name)
+            for name in names
+        )
 
     for path in (run_dir / "notebooks" / f"{name}.ipynb" for name in sorted(seconds)):
         render_notebook(path, synthetic=synthetic)

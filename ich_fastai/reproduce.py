@@ -31,9 +31,24 @@ from .report import SYNTHETIC, write_report
 
 # %% ../nbs/42_reproduce.ipynb #42-006
 NOTEBOOKS = (
-    "01_labels", "02_dicom", "03_head", "04_scan", "05_phantom", "06_cache",
-    "07_ingest", "08_cohort", "10_batches", "11_model", "12_train", "20_metrics",
-    "21_calibrate", "22_evaluate", "23_explain", "24_imbalance", "31_predict", "40_paper",
+    "01_labels",
+    "02_dicom",
+    "03_head",
+    "04_scan",
+    "05_phantom",
+    "06_cache",
+    "07_ingest",
+    "08_cohort",
+    "10_batches",
+    "11_model",
+    "12_train",
+    "20_metrics",
+    "21_calibrate",
+    "22_evaluate",
+    "23_explain",
+    "24_imbalance",
+    "31_predict",
+    "40_paper",
     "41_report",
 )
 
@@ -107,7 +122,9 @@ def check_parameters(
     kinds = {name: kind for parameters in declared.values() for name, (kind, _) in parameters.items()}
     unknown = sorted(map(str, set(params) - set(kinds)))
     if unknown:
-        raise InputError(f"parameter {', '.join(unknown)}: no notebook declares it; there are {', '.join(sorted(kinds))}")
+        raise InputError(
+            f"parameter {', '.join(unknown)}: no notebook declares it; there are {', '.join(sorted(kinds))}"
+        )
     fixed = sorted({"data_dir", "labels_csv", "run_dir"} & set(params))
     if fixed:
         raise InputError(f"parameter {', '.join(fixed)}: the run sets it; use --data and --out")
@@ -117,7 +134,9 @@ def check_parameters(
 def _output_of(*command: str) -> str | None:
     "What a command prints, or None where it cannot run."
     try:
-        return subprocess.run(command, cwd=project_dir(), capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            command, cwd=project_dir(), capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -159,7 +178,10 @@ def describe_inputs(
     with open(data.labels_csv, "rb") as f:
         csv_hash = hashlib.file_digest(f, "sha256").hexdigest()
     return {
-        "labels_csv": data.labels_csv.name, "labels_sha256": csv_hash, "dicom_files": len(files), "dicom_bytes": sum(size for _, size in files),
+        "labels_csv": data.labels_csv.name,
+        "labels_sha256": csv_hash,
+        "dicom_files": len(files),
+        "dicom_bytes": sum(size for _, size in files),
         "listing_sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
     }
 
@@ -200,7 +222,10 @@ def run_notebook(
     import papermill
     from traitlets.config import Config
 
-    start, local = time.time(), Config(KernelManager={"transport": "ipc"})  # a socket file: nobody else on the machine can listen
+    start, local = (
+        time.time(),
+        Config(KernelManager={"transport": "ipc"}),
+    )  # a socket file: nobody else on the machine can listen
     bar = {"desc": title, "ncols": 79, "leave": False, "bar_format": "{desc} {bar} {n_fmt}/{total_fmt} cells {elapsed}"}
     try:
         with _beat():
@@ -215,7 +240,9 @@ def run_notebook(
             )
     except papermill.exceptions.PapermillExecutionError as e:
         error = e.evalue if e.ename == "InputError" else f"{e.ename}: {e.evalue}"
-        raise InputError(f"{Path(notebook).stem}, cell {e.cell_index + 1}: {error}\nThe executed notebook, with the traceback: {output}") from e
+        raise InputError(
+            f"{Path(notebook).stem}, cell {e.cell_index + 1}: {error}\nThe executed notebook, with the traceback: {output}"
+        ) from e
     except (OSError, papermill.exceptions.PapermillException) as e:
         raise InputError(f"{Path(notebook).stem}: could not be run: {e}") from e
     return time.time() - start
@@ -226,6 +253,7 @@ def select_notebooks(
     last: str = "",  # likewise; "" for 41
 ) -> tuple[str, ...]:
     "The notebooks from `first` to `last`. Raises `InputError` for one that does not exist."
+
     def index(name, default):
         found = [i for i, notebook in enumerate(NOTEBOOKS) if name in (notebook, notebook.partition("_")[0])]
         if name and not found:
@@ -239,7 +267,10 @@ def select_notebooks(
 
 # %% ../nbs/42_reproduce.ipynb #42-033
 PHANTOM_PARAMETERS = {  # the preset's own: the phantom is made before the first notebook runs
-    "n_patients": ("int", "80"), "prevalence": ("str", "'demo'"), "slices_per_series": ("list", "None"), "seed": ("int", "42"),
+    "n_patients": ("int", "80"),
+    "prevalence": ("str", "'demo'"),
+    "slices_per_series": ("list", "None"),
+    "seed": ("int", "42"),
 }
 
 # %% ../nbs/42_reproduce.ipynb #42-034
@@ -256,7 +287,9 @@ def prepare_data(
         find_dataset(data)
         return Path(data).resolve()
     if "n_patients" not in params:
-        raise InputError("this preset is for real data: say where it is with --data (make: DATA=...); data/README.md tells how to get it")
+        raise InputError(
+            "this preset is for real data: say where it is with --data (make: DATA=...); data/README.md tells how to get it"
+        )
     own = {name: params[name] for name in declared["make_phantom"] if name in params}
     path, progress = run_dir / "data", sys.stderr.isatty()
     about = describe_phantom(path, **own)  # raises before anything is deleted
@@ -272,9 +305,13 @@ def _finished(run_dir: Path, parameters: dict) -> dict:
     if not path.is_file():
         raise InputError(f"{run_dir}: nothing to resume, there is no manifest.json")
     manifest = json.loads(path.read_text())
-    changed = sorted(k for k in parameters | manifest["parameters"] if parameters.get(k) != manifest["parameters"].get(k))
+    changed = sorted(
+        k for k in parameters | manifest["parameters"] if parameters.get(k) != manifest["parameters"].get(k)
+    )
     if changed:
-        raise InputError(f"{run_dir}: cannot resume with other parameters ({', '.join(changed)}); run without --resume, or with --from")
+        raise InputError(
+            f"{run_dir}: cannot resume with other parameters ({', '.join(changed)}); run without --resume, or with --from"
+        )
     return manifest["seconds"]
 
 # %% ../nbs/42_reproduce.ipynb #42-037
@@ -288,7 +325,9 @@ def _locked(run_dir: Path):
         lock = FileLock(run_dir / ".lock", timeout=0)
         lock.acquire()
     except Timeout:
-        raise InputError(f"{run_dir}: another run is using this folder; wait for it or choose another one with --out") from None
+        raise InputError(
+            f"{run_dir}: another run is using this folder; wait for it or choose another one with --out"
+        ) from None
     except OSError as e:
         raise InputError(f"{run_dir}: cannot be written ({e.strerror}); choose another folder with --out") from e
     try:
@@ -308,7 +347,9 @@ def reproduce(
     resume: bool = False,  # skip what a stopped run of the same parameters has finished
 ) -> Path:  # index.html of the run
     "Run the study and write its report. Raises `InputError` for whatever is the user's to mend, and for a notebook that fails."
-    declared = {notebook: declared_parameters(notebook) for notebook in NOTEBOOKS} | {"make_phantom": PHANTOM_PARAMETERS}
+    declared = {notebook: declared_parameters(notebook) for notebook in NOTEBOOKS} | {
+        "make_phantom": PHANTOM_PARAMETERS
+    }
     params = check_parameters(read_preset(preset) | (settings or {}), declared)
     chosen = select_notebooks(first, last)
     run_dir = Path(out or project_dir() / "runs" / Path(preset).stem).resolve()
@@ -320,7 +361,11 @@ def reproduce(
             raise InputError(f"{run_dir}: cannot resume, the data is not what it was; run without --resume")
         manifest = _start_manifest(preset, params, data_dir, inputs, seconds)
         write_manifest(run_dir, manifest)
-        given = params | {"data_dir": str(data_dir), "run_dir": str(run_dir), "labels_csv": str(find_dataset(data_dir).labels_csv)}
+        given = params | {
+            "data_dir": str(data_dir),
+            "run_dir": str(run_dir),
+            "labels_csv": str(find_dataset(data_dir).labels_csv),
+        }
         _run_all([n for n in chosen if not (resume and n in seconds)], declared, given, run_dir, manifest)
         return write_report(run_dir)
 
@@ -333,7 +378,9 @@ def _kept_seconds(run_dir: Path, chosen: tuple, params: dict, declared: dict) ->
     for notebook in (*kept, "make_phantom") if kept else ():
         changed = sorted(k for k in declared.get(notebook, ()) if params.get(k) != manifest["parameters"].get(k))
         if changed:
-            raise InputError(f"{run_dir}: {notebook} ran with other parameters ({', '.join(changed)}); start earlier, or leave --from out")
+            raise InputError(
+                f"{run_dir}: {notebook} ran with other parameters ({', '.join(changed)}); start earlier, or leave --from out"
+            )
     return kept
 
 # %% ../nbs/42_reproduce.ipynb #42-041
@@ -360,7 +407,9 @@ def _run_all(notebooks: list, declared: dict, given: dict, run_dir: Path, manife
         title = f"{notebook:<12}"
         own = {name: given[name] for name in declared[notebook] if name in given}
         output = run_dir / "notebooks" / f"{notebook}.ipynb"
-        manifest["seconds"][notebook] = round(run_notebook(project_dir() / "nbs" / f"{notebook}.ipynb", output, own, title), 1)
+        manifest["seconds"][notebook] = round(
+            run_notebook(project_dir() / "nbs" / f"{notebook}.ipynb", output, own, title), 1
+        )
         write_manifest(run_dir, manifest)
         print(f"{title} {manifest['seconds'][notebook]:7.1f} s", flush=True)
 
@@ -377,7 +426,9 @@ def ich_reproduce(
 ):
     "Reproduce the study: notebooks 01 to 41 with one preset, then an HTML report."
     start = time.time()
-    index = reproduce(preset, data or None, out or None, settings=parse_settings(set), first=from_, last=until, resume=resume)
+    index = reproduce(
+        preset, data or None, out or None, settings=parse_settings(set), first=from_, last=until, resume=resume
+    )
     print_headline(index.parent)
     print(f"\n{time.time() - start:.0f} s. Report: {os.path.relpath(index)}")
 

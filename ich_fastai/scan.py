@@ -15,6 +15,7 @@ from .head import GRID, HU, Bleed, Head, double_size, draw_plane, paint, share_i
 # %% ../nbs/04_scan.ipynb #04-006
 class Scan(NamedTuple):
     "One series: geometry, noise, and how it is stored."
+
     spacing: float  # mm between pixels
     thickness: float  # mm
     tilt: tuple  # (cos, sin) of the gantry tilt
@@ -68,7 +69,24 @@ def draw_scan(
     motion, holder = u(1, 2.5) * (rng.random() < 0.06), u(100, 115) * (rng.random() < 0.85)
     metal = (u(-45, 45), u(-50, 50), u(-60, 40), u(40, 160) * (rng.random() < 0.08))  # a clip, a filling, an electrode
     rails = bool(rng.random() < 0.4)
-    return Scan(spacing, min(5.0, step), tilt, origin, z, pose, tuple(center), noise, kernel, hardening, motion, metal, holder, rails, u(-3, 3), encoding)
+    return Scan(
+        spacing,
+        min(5.0, step),
+        tilt,
+        origin,
+        z,
+        pose,
+        tuple(center),
+        noise,
+        kernel,
+        hardening,
+        motion,
+        metal,
+        holder,
+        rails,
+        u(-3, 3),
+        encoding,
+    )
 
 # %% ../nbs/04_scan.ipynb #04-010
 def _plane_points(scan: Scan, z: float, offset: float):
@@ -104,7 +122,11 @@ def _add_scanner(hu, scan: Scan, rng: np.random.Generator, points):
         shift = max(1, round(scan.motion / scan.spacing))
         hu = hu * 0.65 + np.roll(hu, shift, 1) * 0.35
     if scan.hardening:
-        band = np.clip(1 - np.abs(y - 10) * 0.06, 0, 1) * np.clip(1 - np.abs(z + 44) * 0.07, 0, 1) * np.clip((48 - np.abs(x)) * 0.1, 0, 1)
+        band = (
+            np.clip(1 - np.abs(y - 10) * 0.06, 0, 1)
+            * np.clip(1 - np.abs(z + 44) * 0.07, 0, 1)
+            * np.clip((48 - np.abs(x)) * 0.1, 0, 1)
+        )
         hu = hu - double_size(band * np.float32(scan.hardening))
     if scan.metal[3] and np.abs(z - scan.metal[2]).min() < 6:
         hu = _add_metal(hu, scan, rng, x, y)
@@ -138,4 +160,11 @@ def _paint_holder(hu, scan: Scan):
     i = (np.arange(GRID, dtype=np.float32) - np.float32(GRID / 2 - 0.5)) * np.float32(scan.spacing * 512 / GRID)
     x, y = i[None, :], i[:, None]
     r = np.abs(x) + 0 * y if scan.rails else np.sqrt(x * x + (y + 8) * (y + 8))
-    return paint(hu, share_inside(np.abs(r - scan.holder) - 1.4, 1.2) * (y > (-5 if scan.rails else 25)) * (y < (70 if scan.rails else 200)) * (hu < -500), HU["holder"])
+    return paint(
+        hu,
+        share_inside(np.abs(r - scan.holder) - 1.4, 1.2)
+        * (y > (-5 if scan.rails else 25))
+        * (y < (70 if scan.rails else 200))
+        * (hu < -500),
+        HU["holder"],
+    )

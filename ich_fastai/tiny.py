@@ -31,7 +31,9 @@ def tiny_phantom(
         made = json.loads((home / "phantom.json").read_text()) if is_phantom(home) else {}
         if made and (made["version"], made["seed"]) != (VERSION, 7):
             shutil.rmtree(home)
-        return make_phantom(home, n_patients=12, seed=7, slices_per_series=(8, 8))  # seed 7: at least two patients show each type
+        return make_phantom(
+            home, n_patients=12, seed=7, slices_per_series=(8, 8)
+        )  # seed 7: at least two patients show each type
 
 # %% ../nbs/90_tiny.ipynb #90-007
 def tiny_sources() -> Path:  # run_dir

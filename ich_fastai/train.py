@@ -36,9 +36,7 @@ from .batches import named_windows, slice_loaders, training_rows
 from .model import build_model, loss_weights, make_loss, positive_weights, save_model, share_norms
 
 # %% ../nbs/12_train.ipynb #12-008
-def split_decay(
-    model: torch.nn.Module,
-) -> list[list[torch.nn.Parameter]]:  # weights of layers; norms and biases
+def split_decay(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:  # weights of layers; norms and biases
     "The parameters with and without weight decay."
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [[p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]]
@@ -58,7 +56,17 @@ def make_learner(
     optimizer = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)
     cbs = [TrainEvalCallback(), GradientClip(1.0), ChannelsLast(), *callbacks]
     model = model.to(dls.device, memory_format=torch.channels_last)
-    learner = Learner(dls, model, loss, optimizer, splitter=split_decay, cbs=cbs, wd=[WEIGHT_DECAY, 0.0], path=Path(path), default_cbs=False)
+    learner = Learner(
+        dls,
+        model,
+        loss,
+        optimizer,
+        splitter=split_decay,
+        cbs=cbs,
+        wd=[WEIGHT_DECAY, 0.0],
+        path=Path(path),
+        default_cbs=False,
+    )
     return learner.to_bf16() if dls.device.type == "cuda" else learner
 
 # %% ../nbs/12_train.ipynb #12-014
@@ -88,6 +96,7 @@ def gather_rows(
 # %% ../nbs/12_train.ipynb #12-017
 class Journal(Callback):
     "A row of history per epoch, the logits of the last validation, and a progress bar."
+
     order = 60
 
     def __init__(self, progress: bool = False, title: str = "train"):
@@ -97,7 +106,12 @@ class Journal(Callback):
         from tqdm.auto import tqdm
 
         self.start, self.losses = time.perf_counter(), []
-        self.bar = tqdm(total=self.n_iter if hasattr(self, "n_iter") else len(self.dl), desc=f"{self.title} {self.epoch + 1}/{self.n_epoch}", disable=not self.progress, leave=False)
+        self.bar = tqdm(
+            total=self.n_iter if hasattr(self, "n_iter") else len(self.dl),
+            desc=f"{self.title} {self.epoch + 1}/{self.n_epoch}",
+            disable=not self.progress,
+            leave=False,
+        )
 
     def before_validate(self):
         self.bar.close()
@@ -118,11 +132,16 @@ class Journal(Callback):
         self.logits = gather_rows(torch.cat(self.outputs), valid.n, valid.processes).cpu()
         loss = self.learn.loss_func(self.logits.to(valid.device), valid.labels.to(valid.device)).item()
         row = {"epoch": self.epoch + 1, "train_loss": losses.mean().item() / valid.processes, "valid_loss": loss}
-        self.history.append(row | score_logits(valid.labels.numpy(), self.logits.numpy()) | {"seconds": time.perf_counter() - self.start})
+        self.history.append(
+            row
+            | score_logits(valid.labels.numpy(), self.logits.numpy())
+            | {"seconds": time.perf_counter() - self.start}
+        )
 
 # %% ../nbs/12_train.ipynb #12-019
 class StopOnNonFinite(Callback):
     "Stop, naming the batch, when a training loss is not finite."
+
     order = 61
 
     def before_train(self):
@@ -142,11 +161,14 @@ class StopOnNonFinite(Callback):
         if first < len(loader):
             ids = loader.ids[loader.rows()[first]]
             names = ", ".join(ids[:3]) + f" and {len(ids) - 3} more" * (len(ids) > 3)
-            raise InputError(f"the loss is not finite in epoch {self.epoch + 1}, batch {first + 1} of {len(loader)}, with the slices {names}: lower lr, or look at these slices")
+            raise InputError(
+                f"the loss is not finite in epoch {self.epoch + 1}, batch {first + 1} of {len(loader)}, with the slices {names}: lower lr, or look at these slices"
+            )
 
 # %% ../nbs/12_train.ipynb #12-021
 class Average(Callback):
     "Validate, and end, with an exponential moving average of the weights."
+
     order = 55
 
     def __init__(self, decay: float):  # 0.99 averages over about the last 100 steps
@@ -154,7 +176,9 @@ class Average(Callback):
 
     def before_fit(self):
         if self.averaged is None:
-            self.averaged = torch.optim.swa_utils.AveragedModel(inner_model(self.learn.model), multi_avg_fn=self.mix, use_buffers=True)
+            self.averaged = torch.optim.swa_utils.AveragedModel(
+                inner_model(self.learn.model), multi_avg_fn=self.mix, use_buffers=True
+            )
 
     def mix(self, averaged, current, _):
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
@@ -191,6 +215,7 @@ def plain_numbers(
 # %% ../nbs/12_train.ipynb #12-026
 class Checkpoint(Callback):
     "Write the whole state of training after each epoch."
+
     order = 70
 
     def __init__(self, path: Path, fingerprint: str):  # of settings and training slices
@@ -198,9 +223,15 @@ class Checkpoint(Callback):
 
     def after_validate(self):
         state = {
-            "fingerprint": self.fingerprint, "epoch": self.epoch + 1, "model": inner_model(self.learn.model).state_dict(), "optimizer": plain_numbers(self.opt.state_dict()),
-            "history": self.learn.journal.history, "logits": self.learn.journal.logits,
-            "average": {"steps": self.learn.average.steps, "model": self.learn.average.averaged.state_dict()} if hasattr(self.learn, "average") else None,
+            "fingerprint": self.fingerprint,
+            "epoch": self.epoch + 1,
+            "model": inner_model(self.learn.model).state_dict(),
+            "optimizer": plain_numbers(self.opt.state_dict()),
+            "history": self.learn.journal.history,
+            "logits": self.learn.journal.logits,
+            "average": {"steps": self.learn.average.steps, "model": self.learn.average.averaged.state_dict()}
+            if hasattr(self.learn, "average")
+            else None,
         }
         if self.dls.train.rank == 0:
             write_file(self.path, lambda p: torch.save(state, p))
@@ -227,6 +258,7 @@ def resume(
 # %% ../nbs/12_train.ipynb #12-028
 class FollowEpochs(Callback):
     "Tell the training batches which epoch it is, and seed what the network draws in it (dropout)."
+
     order = 5
 
     def before_train(self):
@@ -248,7 +280,9 @@ class ShardedTrainer(DistributedTrainer):
 # %% ../nbs/12_train.ipynb #12-032
 def find_place() -> tuple[torch.device, int, int]:  # device, rank, processes
     "Where this process runs: as `accelerate launch` or `torchrun` says, alone otherwise."
-    rank, processes, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, processes, local = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     return device, rank, processes
 
@@ -260,21 +294,44 @@ def fit_fold(
     config: dict,  # as `fit` makes it
     folder: str | Path,  # where the checkpoint goes
     progress: bool = False,  # show a bar
-) -> tuple[torch.nn.Module, pd.DataFrame, pd.DataFrame, dict]:  # model, predictions, history, facts of the training sample
+) -> tuple[
+    torch.nn.Module, pd.DataFrame, pd.DataFrame, dict
+]:  # model, predictions, history, facts of the training sample
     "Train on the other folds, predict every slice of this one."
     device, rank, processes = find_place()
     rows, keep_rate = training_rows(cohort, fold, config["balance"])
     weights = loss_weights(rows, config["class_weights"])
     pos_weight = positive_weights(rows) if config["pos_weight"] else None
     keys = ("image_size", "windows", "neighbors", "batch_size", "balance", "epoch_size", "seed")
-    dls = slice_loaders(cohort, cache_dir, fold, device=device, rank=rank, processes=processes, **{k: config[k] for k in keys})
+    dls = slice_loaders(
+        cohort, cache_dir, fold, device=device, rank=rank, processes=processes, **{k: config[k] for k in keys}
+    )
     torch.manual_seed(config["seed"])
     model = build_model(config["arch"], config["n_in"], pretrained=config["pretrained"], weights=config["weights"])
-    callbacks = [FollowEpochs(), Journal(progress and rank == 0, f"fold {fold}"), StopOnNonFinite(), Checkpoint(Path(folder) / f"fold-{fold}.pt", _fingerprint(config, rows))]
-    learner = make_learner(dls, model, make_loss(weights, pos_weight, device), callbacks + ([Average(config["ema"])] if config["ema"] else []))
+    callbacks = [
+        FollowEpochs(),
+        Journal(progress and rank == 0, f"fold {fold}"),
+        StopOnNonFinite(),
+        Checkpoint(Path(folder) / f"fold-{fold}.pt", _fingerprint(config, rows)),
+    ]
+    learner = make_learner(
+        dls,
+        model,
+        make_loss(weights, pos_weight, device),
+        callbacks + ([Average(config["ema"])] if config["ema"] else []),
+    )
     _train(learner, config)
-    facts = {"fold": fold, "slices": len(rows), "positives": int(rows["any"].sum()), "keep_rate": keep_rate, "images_seen": config["epochs"] * len(dls.train) * dls.train.bs}
-    facts |= {"loss_weights": weights.round(6).to_dict(), "pos_weight": None if pos_weight is None else pos_weight.round(6).to_dict()}
+    facts = {
+        "fold": fold,
+        "slices": len(rows),
+        "positives": int(rows["any"].sum()),
+        "keep_rate": keep_rate,
+        "images_seen": config["epochs"] * len(dls.train) * dls.train.bs,
+    }
+    facts |= {
+        "loss_weights": weights.round(6).to_dict(),
+        "pos_weight": None if pos_weight is None else pos_weight.round(6).to_dict(),
+    }
     predictions = _prediction_table(cohort[cohort["fold"] == fold], learner.journal.logits.numpy(), keep_rate)
     return final_model(learner), predictions, pd.DataFrame(learner.journal.history).assign(fold=fold), facts
 
@@ -304,7 +361,9 @@ def _train(learner: Learner, config: dict) -> None:
     except (torch.OutOfMemoryError, RuntimeError) as e:
         if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
             raise
-        raise InputError(f"out of memory on {learner.dls.device} with batch_size={config['batch_size']}, image_size={config['image_size']}: lower one of them") from e
+        raise InputError(
+            f"out of memory on {learner.dls.device} with batch_size={config['batch_size']}, image_size={config['image_size']}: lower one of them"
+        ) from e
 
 # %% ../nbs/12_train.ipynb #12-039
 def _prediction_table(rows: pd.DataFrame, logits: np.ndarray, keep_rate: float) -> pd.DataFrame:
@@ -324,7 +383,19 @@ def parse_arm(
     return {"balance": balance, "class_weights": weights}
 
 # %% ../nbs/12_train.ipynb #12-043
-TRAINING = ("balance", "class_weights", "batch_size", "epochs", "epoch_size", "lr", "seed", "pretrained", "weights", "ema", "compile")
+TRAINING = (
+    "balance",
+    "class_weights",
+    "batch_size",
+    "epochs",
+    "epoch_size",
+    "lr",
+    "seed",
+    "pretrained",
+    "weights",
+    "ema",
+    "compile",
+)
 
 # %% ../nbs/12_train.ipynb #12-045
 def _describe(config: dict, facts: list[dict]) -> dict:
@@ -362,17 +433,36 @@ def fit(
     run_dir = Path(run_dir)
     cohort = pd.read_parquet(stage_file(run_dir, "cohort.parquet"))
     if epochs < 1 or not set(folds) <= set(cohort["fold"]) or not len(folds):
-        raise InputError(f"epochs={epochs}, folds={list(folds)}: must be at least 1, and some of {sorted(set(cohort['fold'].tolist()))}")
+        raise InputError(
+            f"epochs={epochs}, folds={list(folds)}: must be at least 1, and some of {sorted(set(cohort['fold'].tolist()))}"
+        )
     config = {
-        "arch": arch, "n_in": (2 * neighbors + 1) * len(windows), "image_size": image_size, "windows": named_windows(windows), "neighbors": neighbors, "labels": list(LABELS),
-        "cache_size": read_size(stage_file(run_dir, "cache")), "normalization": "each window to -1 ... 1",
-        **parse_arm(arm), "batch_size": batch_size, "epochs": epochs, "epoch_size": epoch_size, "lr": lr, "seed": seed, "pretrained": pretrained, "weights": str(weights),
-        "pos_weight": pos_weight, "ema": ema, "compile": compile,
+        "arch": arch,
+        "n_in": (2 * neighbors + 1) * len(windows),
+        "image_size": image_size,
+        "windows": named_windows(windows),
+        "neighbors": neighbors,
+        "labels": list(LABELS),
+        "cache_size": read_size(stage_file(run_dir, "cache")),
+        "normalization": "each window to -1 ... 1",
+        **parse_arm(arm),
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "epoch_size": epoch_size,
+        "lr": lr,
+        "seed": seed,
+        "pretrained": pretrained,
+        "weights": str(weights),
+        "pos_weight": pos_weight,
+        "ema": ema,
+        "compile": compile,
     }
     if batch_size // find_place()[2] < 2:
         raise InputError(f"batch_size={batch_size}: batch norm needs 2 slices or more in each process")
     out = run_dir if main else run_dir / "arms" / arm
-    results = [fit_fold(cohort, run_dir / "cache", fold, config, out / "model" / "checkpoints", progress) for fold in folds]
+    results = [
+        fit_fold(cohort, run_dir / "cache", fold, config, out / "model" / "checkpoints", progress) for fold in folds
+    ]
     predictions = pd.concat([r[1] for r in results], ignore_index=True)
     if find_place()[1] == 0:
         save_model(results[0][0], _describe(config, [r[3] for r in results]), out / "model")

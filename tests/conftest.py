@@ -32,7 +32,14 @@ def command():
     def run(name, *arguments, timeout=900, **kwargs):
         path = PROJECT / ".venv" / "bin" / name
         program = str(path) if path.exists() else name
-        return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, **kwargs)
+        return subprocess.run(
+            [program, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            **kwargs,
+        )
 
     return run
 

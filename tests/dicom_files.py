@@ -8,7 +8,9 @@ import pydicom
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 RNG = np.random.default_rng(0)
-HEAD = np.clip(np.add.outer(np.arange(64), np.arange(64)) * 12 + RNG.integers(-40, 40, (64, 64)), 0, 1500).astype(np.int16)  # stored values
+HEAD = np.clip(np.add.outer(np.arange(64), np.arange(64)) * 12 + RNG.integers(-40, 40, (64, 64)), 0, 1500).astype(
+    np.int16
+)  # stored values
 
 
 def make_dataset(stored=HEAD, **tags):
@@ -19,12 +21,26 @@ def make_dataset(stored=HEAD, **tags):
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = CTImageStorage, "1.2.3"
     about = dict(
-        SOPClassUID=CTImageStorage, SOPInstanceUID="1.2.3", Modality="CT", PatientID="ID_1", StudyInstanceUID="1.2", SeriesInstanceUID="1.2.1",
-        ImagePositionPatient=["-120", "-120", "35.5"], ImageOrientationPatient=["1", "0", "0", "0", "0.9659258", "-0.2588190"],
-        SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2", Rows=np.shape(stored)[-2], Columns=np.shape(stored)[-1],
+        SOPClassUID=CTImageStorage,
+        SOPInstanceUID="1.2.3",
+        Modality="CT",
+        PatientID="ID_1",
+        StudyInstanceUID="1.2",
+        SeriesInstanceUID="1.2.1",
+        ImagePositionPatient=["-120", "-120", "35.5"],
+        ImageOrientationPatient=["1", "0", "0", "0", "0.9659258", "-0.2588190"],
+        SamplesPerPixel=1,
+        PhotometricInterpretation="MONOCHROME2",
+        Rows=np.shape(stored)[-2],
+        Columns=np.shape(stored)[-1],
         PixelSpacing=["0.5", "0.5"],
-        BitsAllocated=16, BitsStored=16, PixelRepresentation=int(signed), WindowCenter=["00036", "00036"], WindowWidth=["00080", "00080"],
-        RescaleIntercept="-1024.000000", RescaleSlope="1",
+        BitsAllocated=16,
+        BitsStored=16,
+        PixelRepresentation=int(signed),
+        WindowCenter=["00036", "00036"],
+        WindowWidth=["00080", "00080"],
+        RescaleIntercept="-1024.000000",
+        RescaleSlope="1",
     )
     about |= tags
     about.setdefault("HighBit", (about["BitsStored"] or 16) - 1)
@@ -44,7 +60,9 @@ def to_bytes(ds, implicit=False):
     syntax = ds.file_meta.TransferSyntaxUID
     little = syntax != pydicom.uid.ExplicitVRBigEndian
     with pydicom.config.disable_value_validation(), io.BytesIO() as out:
-        pydicom.dcmwrite(out, ds, enforce_file_format=True, implicit_vr=syntax == ImplicitVRLittleEndian, little_endian=little)
+        pydicom.dcmwrite(
+            out, ds, enforce_file_format=True, implicit_vr=syntax == ImplicitVRLittleEndian, little_endian=little
+        )
         return out.getvalue()
 
 

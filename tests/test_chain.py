@@ -31,24 +31,30 @@ def test_the_parameters_arrived_in_each_notebook(tiny_run):
         cells = json.loads((run_dir / "notebooks" / f"{name}.ipynb").read_text())["cells"]
         tags = [c["metadata"].get("tags", []) for c in cells]
         assert sum("parameters" in t for t in tags) == 1
-        assert tags.index(["injected-parameters"]) == next(i for i, t in enumerate(tags) if "parameters" in t) + 1, "injected after the defaults"
+        assert tags.index(["injected-parameters"]) == next(i for i, t in enumerate(tags) if "parameters" in t) + 1, (
+            "injected after the defaults"
+        )
 
 
 def test_cohort_and_predictions_keep_their_contracts(tiny_run):
     run_dir, _ = tiny_run
-    slices, cohort, predictions = (pd.read_parquet(run_dir / f"{name}.parquet") for name in ("slices", "cohort", "predictions"))
+    slices, cohort, predictions = (
+        pd.read_parquet(run_dir / f"{name}.parquet") for name in ("slices", "cohort", "predictions")
+    )
     assert cohort["SOPInstanceUID"].is_unique and predictions["SOPInstanceUID"].is_unique
     assert slices["error"].notna().any(), "the phantom's truncated file is a row with its error"
     flow = pd.read_csv(run_dir / "tables" / "flow.csv", index_col="step")["slices"]
-    assert flow["with a file"] - flow["readable, not excluded"] == slices["error"].notna().sum(), "it has a file, and is lost to being unreadable"
+    assert flow["with a file"] - flow["readable, not excluded"] == slices["error"].notna().sum(), (
+        "it has a file, and is lost to being unreadable"
+    )
     assert set(predictions["SOPInstanceUID"]) <= set(cohort["SOPInstanceUID"])
     assert cohort.groupby("PatientID")["fold"].nunique().max() == 1
     both = predictions.merge(cohort, on="SOPInstanceUID", suffixes=("", "_cohort"))
     assert (both["fold"] == both["fold_cohort"]).all() and (both["PatientID"] == both["PatientID_cohort"]).all()
     for fold in predictions["fold"].unique():
-        assert set(cohort.loc[cohort["fold"] == fold, "SOPInstanceUID"]) == set(predictions.loc[predictions["fold"] == fold, "SOPInstanceUID"]), (
-            "the natural mix"
-        )
+        assert set(cohort.loc[cohort["fold"] == fold, "SOPInstanceUID"]) == set(
+            predictions.loc[predictions["fold"] == fold, "SOPInstanceUID"]
+        ), "the natural mix"
     assert predictions[[*LABELS, *LOGITS]].notna().all().all()
 
 
@@ -128,7 +134,10 @@ def test_from_refuses_parameters_that_would_not_be_those_of_the_kept_notebooks(t
         (["--preset", "tiny", "--set", "epochs=many"], "is not of type int"),
         (["--preset", "tiny", "--set", "epochs"], "write it as name=value"),
         (["--preset", "tiny", "--set", "arms=[a"], "not valid YAML"),
-        (["--preset", "tiny", "--set", "run_dir=elsewhere"], "parameter run_dir: the run sets it; use --data and --out"),
+        (
+            ["--preset", "tiny", "--set", "run_dir=elsewhere"],
+            "parameter run_dir: the run sets it; use --data and --out",
+        ),
         (["--preset", "tiny", "--from", "17"], "no such notebook"),
         (["--preset", "tiny", "--from", "10", "--until", "05"], "comes after"),
         (["--preset", "paper"], "--data"),
@@ -154,8 +163,14 @@ def test_a_failing_notebook_names_cell_and_error_and_resumes(command, tiny_run, 
     (data / "stage_1_train.csv").write_text(labels.replace("epidural,", "extradural,", 1))
     arguments = ["--preset", "tiny", "--data", data, "--out", tmp_path / "run", "--until", "01"]
     done = command("ich-reproduce", *arguments)
-    assert done.returncode == 1 and re.search(r"01_labels, cell \d+: .*stage_1_train\.csv: 1 slice with a row that is not", done.stderr)
+    assert done.returncode == 1 and re.search(
+        r"01_labels, cell \d+: .*stage_1_train\.csv: 1 slice with a row that is not", done.stderr
+    )
     assert "Traceback" not in done.stderr
     (data / "stage_1_train.csv").write_text(labels)
     done = command("ich-reproduce", *arguments, "--resume")
-    assert done.returncode == 0 and (tmp_path / "run" / "labels.parquet").is_file() and (tmp_path / "run" / "index.html").is_file()
+    assert (
+        done.returncode == 0
+        and (tmp_path / "run" / "labels.parquet").is_file()
+        and (tmp_path / "run" / "index.html").is_file()
+    )

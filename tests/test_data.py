@@ -56,7 +56,9 @@ def test_validation_is_the_whole_fold_in_the_natural_mix_and_untouched(cohort, r
     for fold in (0, 1):
         held_out = cohort[cohort["fold"] == fold]
         assert not held_out["in_sample"].all(), "undersampling would show"
-        valid = slice_loaders(cohort, run_dir / "cache", fold, balance=balance, augment=Augment(noise_hu=50), **OPTIONS).valid
+        valid = slice_loaders(
+            cohort, run_dir / "cache", fold, balance=balance, augment=Augment(noise_hu=50), **OPTIONS
+        ).valid
         x, y = (torch.cat(parts) for parts in zip(*valid, strict=True))
         assert valid.ids.tolist() == held_out["SOPInstanceUID"].tolist()
         assert torch.allclose(x, plain_inputs(held_out, run_dir), atol=1e-6)
@@ -75,7 +77,9 @@ def test_training_slices_are_clean_of_the_other_folds_and_augmented(cohort, run_
 
 
 def test_both_balances_show_as_many_slices(cohort, run_dir):
-    under, none = (slice_loaders(cohort, run_dir / "cache", 0, balance=b, **OPTIONS).train for b in ("undersample", "none"))
+    under, none = (
+        slice_loaders(cohort, run_dir / "cache", 0, balance=b, **OPTIONS).train for b in ("undersample", "none")
+    )
     assert len(under) == len(none) and len(none.ids) > len(under.ids)
 
 
@@ -100,11 +104,18 @@ def test_a_kept_batch_is_not_overwritten_by_the_next(cohort, run_dir):
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("train", [True, False])
 def test_the_shares_of_processes_make_the_batches_of_one(cohort, run_dir, processes, train):
-    few, augment = cohort.head(30), Augment(elastic=0.05) if train else None  # 30: the last batch of evaluation is not full
+    few, augment = (
+        cohort.head(30),
+        Augment(elastic=0.05) if train else None,
+    )  # 30: the last batch of evaluation is not full
     whole = list(batches(few, run_dir, train=train, augment=augment))
-    shares = [batches(few, run_dir, train=train, augment=augment, rank=r, processes=processes) for r in range(processes)]
+    shares = [
+        batches(few, run_dir, train=train, augment=augment, rank=r, processes=processes) for r in range(processes)
+    ]
     for (x, y), *parts in zip(whole, *shares, strict=True):
-        joined = [torch.stack(part, 1).flatten(0, 1)[: len(x)] for part in zip(*parts, strict=True)]  # the rest pads the shares
+        joined = [
+            torch.stack(part, 1).flatten(0, 1)[: len(x)] for part in zip(*parts, strict=True)
+        ]  # the rest pads the shares
         assert torch.allclose(joined[0], x, atol=1e-5) and torch.equal(joined[1], y)
 
 

@@ -41,8 +41,28 @@ def test_plain_walker_equals_pydicom(name):
 
 def test_the_walker_reads_what_rsna_has_and_leaves_the_rest():
     taken = {name for name, data in PLAIN.items() if walk_header(memoryview(data)) is not None}
-    assert {"explicit", "implicit", "12 bits unsigned", "12 bits signed", "12 bits, unused bits set", "private", "several slopes"} <= taken
-    assert not {"8 bits", "32 bits", "umlaut", "two patients", "padding after", "pixels as OB", "too long", "high bit 11 of 16"} & taken
+    assert {
+        "explicit",
+        "implicit",
+        "12 bits unsigned",
+        "12 bits signed",
+        "12 bits, unused bits set",
+        "private",
+        "several slopes",
+    } <= taken
+    assert (
+        not {
+            "8 bits",
+            "32 bits",
+            "umlaut",
+            "two patients",
+            "padding after",
+            "pixels as OB",
+            "too long",
+            "high bit 11 of 16",
+        }
+        & taken
+    )
 
 
 def test_the_46_real_slices_equal_simpleitk_to_the_last_unit(real_data):
@@ -61,7 +81,9 @@ def test_the_46_real_slices_equal_simpleitk_to_the_last_unit(real_data):
 def test_cq500_equals_simpleitk(real_data):
     sitk = pytest.importorskip("SimpleITK")
     for path in sorted((real_data / "cq500").glob("*.dcm")):
-        np.testing.assert_array_equal(read_slice(path)[0], sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0], err_msg=path.name)
+        np.testing.assert_array_equal(
+            read_slice(path)[0], sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0], err_msg=path.name
+        )
 
 
 def gdcm_encode(data, syntax, folder):
@@ -84,7 +106,9 @@ def gdcm_encode(data, syntax, folder):
 
 
 JPEG = {  # GDCM's name: pydicom's
-    "JPEGLosslessProcess14": "JPEGLossless", "JPEGLosslessProcess14_1": "JPEGLosslessSV1", "JPEGLSLossless": "JPEGLSLossless",
+    "JPEGLosslessProcess14": "JPEGLossless",
+    "JPEGLosslessProcess14_1": "JPEGLosslessSV1",
+    "JPEGLSLossless": "JPEGLSLossless",
     "JPEG2000Lossless": "JPEG2000Lossless",
 }
 LOSSY = {"JPEGLSNearLossless": "JPEGLSNearLossless", "JPEG2000": "JPEG2000", "JPEGBaselineProcess1": "JPEGBaseline8Bit"}
@@ -125,7 +149,12 @@ def test_a_modality_lut_gives_hu():
     table = pydicom.Dataset()
     table.LUTDescriptor, table.ModalityLUTType = [4, 0, 16], "HU"
     table.add_new("LUTData", "US", [0, 10, 40, 100])
-    data = make_file(np.array([[0, 1], [2, 3]], np.uint16), ModalityLUTSequence=pydicom.Sequence([table]), RescaleSlope=None, RescaleIntercept=None)
+    data = make_file(
+        np.array([[0, 1], [2, 3]], np.uint16),
+        ModalityLUTSequence=pydicom.Sequence([table]),
+        RescaleSlope=None,
+        RescaleIntercept=None,
+    )
     hu, record = read_slice(data)
     np.testing.assert_array_equal(hu, [[0, 10], [40, 100]])
     assert record["brain_fraction"] == 0.5 and not record["repaired"]

@@ -37,10 +37,14 @@ def by_sklearn(y, p, w, threshold):
     "What scikit-learn says, for weights by slice."
     fpr, tpr, _ = sk.roc_curve(y, p, sample_weight=w, drop_intermediate=False)
     return {
-        "auc": sk.roc_auc_score(y, p, sample_weight=w), "average_precision": sk.average_precision_score(y, p, sample_weight=w),
-        "sensitivity_at_specificity_0.9": tpr[fpr <= 0.1 + 1e-9].max(), "sensitivity_at_specificity_0.95": tpr[fpr <= 0.05 + 1e-9].max(),
-        "log_loss": sk.log_loss(y, p, sample_weight=w, labels=[0, 1]), "brier": sk.brier_score_loss(y, p, sample_weight=w),
-        "sensitivity": sk.recall_score(y, p >= threshold, sample_weight=w), "specificity": sk.recall_score(y, p >= threshold, sample_weight=w, pos_label=0),
+        "auc": sk.roc_auc_score(y, p, sample_weight=w),
+        "average_precision": sk.average_precision_score(y, p, sample_weight=w),
+        "sensitivity_at_specificity_0.9": tpr[fpr <= 0.1 + 1e-9].max(),
+        "sensitivity_at_specificity_0.95": tpr[fpr <= 0.05 + 1e-9].max(),
+        "log_loss": sk.log_loss(y, p, sample_weight=w, labels=[0, 1]),
+        "brier": sk.brier_score_loss(y, p, sample_weight=w),
+        "sensitivity": sk.recall_score(y, p >= threshold, sample_weight=w),
+        "specificity": sk.recall_score(y, p >= threshold, sample_weight=w, pos_label=0),
     }
 
 
@@ -51,7 +55,9 @@ def test_every_metric_equals_scikit_learn(digits, kind):
         y, p, patient = draw(seed=seed, digits=digits)
         rng = np.random.default_rng(seed)
         weights = {
-            "patients": resample_patients(40, 5, seed), "whole numbers": rng.integers(1, 5, (3, 40)), "fractions": rng.uniform(0.1, 3, (3, 40)),
+            "patients": resample_patients(40, 5, seed),
+            "whole numbers": rng.integers(1, 5, (3, 40)),
+            "fractions": rng.uniform(0.1, 3, (3, 40)),
         }[kind]
         ours = label_metrics(y, p, patient, weights, 0.3)
         for b, w in enumerate(weights[:, patient]):
@@ -66,26 +72,42 @@ def test_constant_predictions_and_calibration_error():
     assert constant["auc"][0] == 0.5 and constant["average_precision"][0] == pytest.approx(y.mean(), abs=1e-9)
     assert constant["calibration_error"][0] == pytest.approx(0, abs=1e-9) and np.isnan(constant["calibration_slope"][0])
     seen, said = calibration_curve(y, p, n_bins=10, strategy="quantile")
-    assert label_metrics(y, p, patient, one, 0.5)["calibration_error"][0] == pytest.approx(np.abs(seen - said).mean(), abs=1e-9)  # 300 slices: bins of 30
+    assert label_metrics(y, p, patient, one, 0.5)["calibration_error"][0] == pytest.approx(
+        np.abs(seen - said).mean(), abs=1e-9
+    )  # 300 slices: bins of 30
 
 
 @pytest.mark.parametrize("y", [0, 1], ids=["no positive", "no negative"])
 def test_one_class_is_undefined_not_zero(y):
-    table = metrics_table(np.full((12, 6), y), np.tile(np.linspace(0.1, 0.9, 12)[:, None], 6), np.arange(12) // 2, np.full((12, 6), 0.5), n_boot=50)
+    table = metrics_table(
+        np.full((12, 6), y),
+        np.tile(np.linspace(0.1, 0.9, 12)[:, None], 6),
+        np.arange(12) // 2,
+        np.full((12, 6), 0.5),
+        n_boot=50,
+    )
     undefined = table[table["value"].isna()]
-    assert {"auc", "average_precision", "calibration_slope"} <= set(undefined["metric"]) and undefined["note"].str.len().gt(0).all()
+    assert {"auc", "average_precision", "calibration_slope"} <= set(undefined["metric"]) and undefined[
+        "note"
+    ].str.len().gt(0).all()
     assert undefined[["low", "high"]].isna().all().all()
-    assert ("specificity" in set(undefined["metric"])) == (y == 1) and ("sensitivity" in set(undefined["metric"])) == (y == 0)
+    assert ("specificity" in set(undefined["metric"])) == (y == 1) and ("sensitivity" in set(undefined["metric"])) == (
+        y == 0
+    )
     assert table.loc[table["metric"] == "log_loss", "value"].notna().all()
 
 
 @pytest.mark.parametrize(
-    "n, patients, note", [(0, 0, "no slice"), (5, 1, "one patient"), (6, 3, "positives in one patient only")], ids=["nothing", "one patient", "one positive patient"]
+    "n, patients, note",
+    [(0, 0, "no slice"), (5, 1, "one patient"), (6, 3, "positives in one patient only")],
+    ids=["nothing", "one patient", "one positive patient"],
 )
 def test_too_little_data_says_so(n, patients, note):
     y = np.zeros((n, 6), int)
     y[:2] = 1
-    table = metrics_table(y, np.full((n, 6), 0.5), np.arange(n) % max(patients, 1) if patients == 1 else np.arange(n) // 2, n_boot=20)
+    table = metrics_table(
+        y, np.full((n, 6), 0.5), np.arange(n) % max(patients, 1) if patients == 1 else np.arange(n) // 2, n_boot=20
+    )
     auc = table[table["metric"] == "auc"]
     assert auc["note"].str.startswith(note).all() and auc[["low", "high"]].isna().all().all()
 
@@ -100,8 +122,12 @@ def test_intervals_are_those_of_a_loop_over_resamples():
         rows = np.repeat(np.arange(len(y)), w[codes])
         losses.append(weighted_log_loss(six[rows], probabilities[rows]))
         aucs.append(sk.roc_auc_score(y[rows], p[rows]))
-    assert table.loc[("any", "auc"), ["low", "high"]].to_list() == pytest.approx(np.percentile(aucs, [2.5, 97.5]), abs=1e-9)
-    assert table.loc[("all", "weighted_log_loss"), ["low", "high"]].to_list() == pytest.approx(np.percentile(losses, [2.5, 97.5]), abs=1e-9)
+    assert table.loc[("any", "auc"), ["low", "high"]].to_list() == pytest.approx(
+        np.percentile(aucs, [2.5, 97.5]), abs=1e-9
+    )
+    assert table.loc[("all", "weighted_log_loss"), ["low", "high"]].to_list() == pytest.approx(
+        np.percentile(losses, [2.5, 97.5]), abs=1e-9
+    )
 
 
 def test_constants_on_the_real_labels(real_data):
@@ -124,8 +150,12 @@ def test_nothing_sees_the_patients_it_is_reported_on():
         for k in range(3):
             here = part == k
             other = cross_fit(np.where(here[:, None], rng.integers(2, size=y.shape), y), x, patients, part, **options)
-            assert all((other[name][here] == ours[name][here]).all() for name in ours), "labels of the part leaked into it"
-            assert (other["p"][~here] != ours["p"][~here]).any() and (other["threshold"][~here] != ours["threshold"][~here]).any()
+            assert all((other[name][here] == ours[name][here]).all() for name in ours), (
+                "labels of the part leaked into it"
+            )
+            assert (other["p"][~here] != ours["p"][~here]).any() and (
+                other["threshold"][~here] != ours["threshold"][~here]
+            ).any()
 
 
 @pytest.mark.parametrize("folds", [3, 1])
@@ -133,8 +163,17 @@ def test_no_slice_or_study_is_scored_by_a_fit_to_its_own_patient(folds):
     rng = np.random.default_rng(0)
     patient = np.repeat(np.arange(60), 20)
     y = (rng.random((1200, 6)) < 0.3).astype(int)
-    predictions = pd.DataFrame({"PatientID": patient, "StudyInstanceUID": patient * 2 + rng.integers(2, size=1200), "fold": patient % folds, "keep_rate": 1.0})
-    predictions = predictions.assign(**{f"logit_{label}": x for label, x in zip(LABELS, rng.normal(size=(6, 1200)) + y.T, strict=True)})
+    predictions = pd.DataFrame(
+        {
+            "PatientID": patient,
+            "StudyInstanceUID": patient * 2 + rng.integers(2, size=1200),
+            "fold": patient % folds,
+            "keep_rate": 1.0,
+        }
+    )
+    predictions = predictions.assign(
+        **{f"logit_{label}": x for label, x in zip(LABELS, rng.normal(size=(6, 1200)) + y.T, strict=True)}
+    )
 
     def score(y):
         return score_levels(predictions.assign(**dict(zip(LABELS, y.T, strict=True))), {"training": {"folds": []}})
@@ -144,9 +183,13 @@ def test_no_slice_or_study_is_scored_by_a_fit_to_its_own_patient(folds):
         for k in np.unique(d["part"]):
             here = d["part"] == k
             turned = np.isin(patient, d["patients"][here])[:, None]
-            other = score(np.c_[np.where(turned, 1 - y[:, :5], y[:, :5]), y[:, -1]])[level]  # `any` stays: it deals the halves of a single fold
+            other = score(np.c_[np.where(turned, 1 - y[:, :5], y[:, :5]), y[:, -1]])[
+                level
+            ]  # `any` stays: it deals the halves of a single fold
             assert (other["part"] == d["part"]).all()
-            assert all((other[name][here] == d[name][here]).all() for name in ("p", "threshold", "present", "absent")), (level, "leaked")
+            assert all(
+                (other[name][here] == d[name][here]).all() for name in ("p", "threshold", "present", "absent")
+            ), (level, "leaked")
             assert (other["p"][~here] != d["p"][~here]).any()
 
 
@@ -157,19 +200,42 @@ def test_each_fold_has_its_own_pos_weight_undone():
     p = expit(np.c_[x[:, :5], x.max(1) + 1])
     sampled = p / (p[:, -1:] + keep_rate[:, None] * (1 - p[:, -1:]))
     logits = logit(sampled) + np.log([weights[f] for f in fold])
-    predictions = pd.DataFrame(logits, columns=[f"logit_{label}" for label in LABELS]).assign(fold=fold, keep_rate=keep_rate)
+    predictions = pd.DataFrame(logits, columns=[f"logit_{label}" for label in LABELS]).assign(
+        fold=fold, keep_rate=keep_rate
+    )
     folds = [{"fold": f, "pos_weight": dict(zip(LABELS, w, strict=True))} for f, w in weights.items()]
-    assert expit(correct_logits(predictions, {"training": {"pos_weight": list(weights[4]), "folds": folds}})) == pytest.approx(p, abs=1e-12)
+    assert expit(
+        correct_logits(predictions, {"training": {"pos_weight": list(weights[4]), "folds": folds}})
+    ) == pytest.approx(p, abs=1e-12)
 
 
 def test_shares_and_differences_say_what_they_cannot():
     weights = resample_patients(6, 200)
-    assert weighted_ratio(weights, np.arange(6), np.zeros(6), np.zeros(6), "none is called") == (None, None, None, "none is called")
-    assert weighted_ratio(weights, np.zeros(6, int), np.ones(6), np.ones(6))[1:] == (None, None, "one patient: no interval")
-    assert weighted_ratio(weights, np.arange(6), np.ones(6), np.ones(6)) == (1, 1, 1, "all resamples are equal: the interval is too narrow")
+    assert weighted_ratio(weights, np.arange(6), np.zeros(6), np.zeros(6), "none is called") == (
+        None,
+        None,
+        None,
+        "none is called",
+    )
+    assert weighted_ratio(weights, np.zeros(6, int), np.ones(6), np.ones(6))[1:] == (
+        None,
+        None,
+        "one patient: no interval",
+    )
+    assert weighted_ratio(weights, np.arange(6), np.ones(6), np.ones(6)) == (
+        1,
+        1,
+        1,
+        "all resamples are equal: the interval is too narrow",
+    )
     value, low, high, note = weighted_ratio(weights, np.arange(6), np.array([1, 0, 1, 0, 1, 1]), np.ones(6))
     assert value == pytest.approx(4 / 6) and low < value < high and note == ""
-    assert [say_difference(*i) for i in ((0.1, 0.2), (-0.2, -0.1), (0, 0.2), (None, None))] == ["higher", "lower", "no difference", "no interval"]
+    assert [say_difference(*i) for i in ((0.1, 0.2), (-0.2, -0.1), (0, 0.2), (None, None))] == [
+        "higher",
+        "lower",
+        "no difference",
+        "no interval",
+    ]
 
 
 def test_a_single_fold_is_halved_by_patient():
@@ -191,7 +257,9 @@ def test_calibration_mends_what_was_bent():
     fitted = cross_fit(y, 2 * truth + 1, patients, patients % 4)
     for k in range(5):  # `any` is no OR here
         assert fit_logistic(logit(fitted["p"][:, k]), y[:, k]) == pytest.approx((1, 0), abs=0.1)
-        assert sk.log_loss(y[:, k], fitted["p"][:, k]) == pytest.approx(sk.log_loss(y[:, k], expit(truth[:, k])), abs=0.003)
+        assert sk.log_loss(y[:, k], fitted["p"][:, k]) == pytest.approx(
+            sk.log_loss(y[:, k], expit(truth[:, k])), abs=0.003
+        )
     called = fitted["p"] >= fitted["threshold"]
     assert (called & (y == 1)).sum(0) / y.sum(0) == pytest.approx(np.full(6, 0.9), abs=0.04)
 
@@ -240,9 +308,14 @@ def test_intervals_by_patient_cover_the_truth_and_those_by_slice_do_not():
     for seed in range(n):
         y, p, patient = draw_clustered(120, seed)
         for way, unit in (("patient", patient), ("slice", np.arange(len(y)))):
-            low, high = np.percentile(auc_and_log_loss(y, p, unit, resample_patients(unit.max() + 1, 200, seed))[:, 1:], [2.5, 97.5], axis=1)
+            low, high = np.percentile(
+                auc_and_log_loss(y, p, unit, resample_patients(unit.max() + 1, 200, seed))[:, 1:], [2.5, 97.5], axis=1
+            )
             covered[way] += (low <= truth) & (truth <= high)
-    least, most = binom.ppf(0.001, n, 0.93), binom.ppf(0.999, n, 0.97)  # a method that covers 93% to 97% falls outside once in 1,000 times
+    least, most = (
+        binom.ppf(0.001, n, 0.93),
+        binom.ppf(0.999, n, 0.97),
+    )  # a method that covers 93% to 97% falls outside once in 1,000 times
     assert ((least <= covered["patient"]) & (covered["patient"] <= most)).all(), covered
     assert (covered["slice"] < least).all(), covered
 
@@ -266,9 +339,17 @@ def test_submission_follows_the_sample(tmp_path):
         make_submission(["ID_a", "ID_c"], p[:2], sample)
     predicted = pd.DataFrame(p, columns=LABELS).assign(SOPInstanceUID=[f"ID_{s}" for s in "abcd"])
     written = pd.read_csv(save_submission(predicted, sample, tmp_path / "submission.csv"))
-    assert written["ID"].to_list() == table["ID"].to_list() and written["Label"].to_numpy() == pytest.approx(table["Label"].to_numpy(), abs=1e-12)
+    assert written["ID"].to_list() == table["ID"].to_list() and written["Label"].to_numpy() == pytest.approx(
+        table["Label"].to_numpy(), abs=1e-12
+    )
     with pytest.raises(InputError, match="6 rows have no probability from 0 to 1, e.g. ID_c_epidural"):
-        save_submission(predicted.assign(**{label: predicted[label].where(predicted["SOPInstanceUID"] != "ID_c") for label in LABELS}), sample, tmp_path / "no.csv")
+        save_submission(
+            predicted.assign(
+                **{label: predicted[label].where(predicted["SOPInstanceUID"] != "ID_c") for label in LABELS}
+            ),
+            sample,
+            tmp_path / "no.csv",
+        )
     assert not (tmp_path / "no.csv").exists()
     sample.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="has the columns a, b; a sample submission has ID,Label"):
@@ -296,9 +377,21 @@ def write_predictions(run_dir, rows, folds):
     rng = np.random.default_rng(0)
     ids = rows[["SOPInstanceUID", "PatientID", "StudyInstanceUID", "fold", *LABELS]].reset_index(drop=True)
     logits = 2 * rows[list(LABELS)].to_numpy(float) - 1 + rng.normal(size=(len(rows), 6))
-    ids.assign(**{f"logit_{label}": logits[:, k].astype("float32") for k, label in enumerate(LABELS)}, keep_rate=0.4).to_parquet(run_dir / "predictions.parquet")
+    ids.assign(
+        **{f"logit_{label}": logits[:, k].astype("float32") for k, label in enumerate(LABELS)}, keep_rate=0.4
+    ).to_parquet(run_dir / "predictions.parquet")
     training = {"pos_weight": None, "folds": [{"fold": int(f), "keep_rate": 0.4} for f in folds]}
-    model = {"arch": "resnet10t", "n_in": 3, "cache_size": 256, "image_size": 96, "windows": {"brain": [40, 80]}, "neighbors": 1, "training": training, "corrections": {}, "thresholds": {}}
+    model = {
+        "arch": "resnet10t",
+        "n_in": 3,
+        "cache_size": 256,
+        "image_size": 96,
+        "windows": {"brain": [40, 80]},
+        "neighbors": 1,
+        "training": training,
+        "corrections": {},
+        "thresholds": {},
+    }
     (run_dir / "model").mkdir(exist_ok=True)
     (run_dir / "model" / "model.json").write_text(json.dumps(model))
     save_file(build_model("resnet10t", 3).state_dict(), run_dir / "model" / "weights.safetensors")
@@ -311,7 +404,10 @@ def test_the_stage_writes_its_files(simulated_run):
     explain(simulated_run, tiny_phantom(), n_boot=50)
     assert metrics.loc[metrics["value"].isna(), "note"].str.len().gt(0).all()
     headline = headline_table(simulated_run)
-    assert len(headline.to_string(index=False, line_width=80).splitlines()[0]) <= 80 and not headline.isin(["nan"]).any().any()
+    assert (
+        len(headline.to_string(index=False, line_width=80).splitlines()[0]) <= 80
+        and not headline.isin(["nan"]).any().any()
+    )
     index = pd.read_csv(simulated_run / "tables" / "index.csv")
     assert len(index) >= 4 and all((simulated_run / "figures" / f).is_file() for f in index["figure"])
     assert index["caption"].str.contains("Synthetic data").all()
@@ -327,7 +423,8 @@ def test_the_stage_survives_too_little_data(simulated_run, tmp_path, which):
     shutil.copytree(simulated_run, tmp_path / "run")
     cohort = pd.read_parquet(simulated_run / "cohort.parquet")
     rows = {
-        "no positive": cohort[(cohort["fold"] == 0) & (cohort["any"] == 0)], "one patient": cohort[cohort["PatientID"] == cohort["PatientID"].iloc[0]],
+        "no positive": cohort[(cohort["fold"] == 0) & (cohort["any"] == 0)],
+        "one patient": cohort[cohort["PatientID"] == cohort["PatientID"].iloc[0]],
         "one slice": cohort.head(1),
     }[which]
     write_predictions(tmp_path / "run", rows, (rows["fold"].iloc[0],))
@@ -347,7 +444,14 @@ def test_evaluate_imports_no_torch():
     import subprocess
     import sys
 
-    subprocess.run([sys.executable, "-c", "import ich_fastai.evaluate, sys; assert 'torch' not in sys.modules and 'fastai' not in sys.modules"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import ich_fastai.evaluate, sys; assert 'torch' not in sys.modules and 'fastai' not in sys.modules",
+        ],
+        check=True,
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"wanted_sensitivity": 1.2}, {"coverage": 90}])

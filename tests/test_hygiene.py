@@ -13,8 +13,16 @@ import pytest
 from conftest import PROJECT
 
 NOTEBOOKS = sorted((PROJECT / "nbs").glob("*.ipynb"))
-TRACKED = [f for f in subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True).stdout.split("\n") if (PROJECT / f).is_file()]
-TEXT = [f for f in TRACKED if f.endswith((".py", ".ipynb", ".md", ".ini", ".toml", ".yml", ".csv", ".lock", "Makefile", "run"))]
+TRACKED = [
+    f
+    for f in subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True).stdout.split("\n")
+    if (PROJECT / f).is_file()
+]
+TEXT = [
+    f
+    for f in TRACKED
+    if f.endswith((".py", ".ipynb", ".md", ".ini", ".toml", ".yml", ".csv", ".lock", "Makefile", "run"))
+]
 
 
 def run(*command, cwd=PROJECT, **kwargs):
@@ -55,7 +63,12 @@ def test_each_notebook_keeps_the_house_style(notebook):
     assert 1 <= len(parameters) <= 12
     assert all(p["inferred_type_name"] != "None" and p["help"] for p in parameters.values()), "typed, with a comment"
     prose = "\n".join("".join(c["source"]) for c in cells(notebook) if c["cell_type"] == "markdown")
-    assert re.match(r"# .+\n\n> ", prose) and "**Reads**" in prose and "**Answers**" in prose and "## What we now know" in prose
+    assert (
+        re.match(r"# .+\n\n> ", prose)
+        and "**Reads**" in prose
+        and "**Answers**" in prose
+        and "## What we now know" in prose
+    )
     assert notebook.stat().st_size < 300 * 1024
     assert not [c for c in cells(notebook) if any(o["output_type"] == "error" for o in c.get("outputs", []))]
 
@@ -64,19 +77,31 @@ def test_each_notebook_keeps_the_house_style(notebook):
 def test_a_module_imports_only_lower_numbers(name):
     order = {p.stem.partition("_")[2]: p.stem.partition("_")[0] for p in NOTEBOOKS}
     number, _, own = name.partition("_")
-    imported = set(re.findall(r"(?:from|import) (?:ich_fastai)?\.(\w+)", (PROJECT / "ich_fastai" / f"{own}.py").read_text())) - {own}
+    imported = set(
+        re.findall(r"(?:from|import) (?:ich_fastai)?\.(\w+)", (PROJECT / "ich_fastai" / f"{own}.py").read_text())
+    ) - {own}
     assert all(order[module] < number for module in imported), imported
 
 
 def test_nothing_committed_carries_a_machine_path_or_registry():
-    private = re.compile(r"/(?:root|home|work|tmp|Users)/[A-Za-z]|pypi\.org|files\.pythonhosted|https?://[^\s]*/simple|file:///")
-    found = [(f, m.group()) for f in TEXT if f != "tests/test_hygiene.py" for m in [private.search((PROJECT / f).read_text(errors="replace"))] if m]
+    private = re.compile(
+        r"/(?:root|home|work|tmp|Users)/[A-Za-z]|pypi\.org|files\.pythonhosted|https?://[^\s]*/simple|file:///"
+    )
+    found = [
+        (f, m.group())
+        for f in TEXT
+        if f != "tests/test_hygiene.py"
+        for m in [private.search((PROJECT / f).read_text(errors="replace"))]
+        if m
+    ]
     assert not found
 
 
 def test_lock_holds_names_and_versions_only():
     lines = (PROJECT / "requirements.lock").read_text().splitlines()
-    wrong = [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[^\s/]+( ; sys_platform == \"linux\")?", line)]
+    wrong = [
+        line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[^\s/]+( ; sys_platform == \"linux\")?", line)
+    ]
     assert lines and not wrong
 
 
@@ -88,7 +113,9 @@ def test_wheel_installs_in_an_empty_environment(tmp_path):
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source)
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools")  # the one that venv brings is older than torch wants
+    run(
+        python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"
+    )  # the one that venv brings is older than torch wants
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", next(tmp_path.glob("*.whl")))
     # The dependencies (6 GB) come from this environment instead of a second download; `pip check` says whether the wheel names them rightly.
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()

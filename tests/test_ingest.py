@@ -48,21 +48,29 @@ def whole(folder, tmp_path_factory):
 
 def content(run_dir):
     "Every file of a run by name: its bytes."
-    return {str(p.relative_to(run_dir)): p.read_bytes() for p in sorted(Path(run_dir).rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {
+        str(p.relative_to(run_dir)): p.read_bytes()
+        for p in sorted(Path(run_dir).rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def run_command(folder, run_dir, *options, **kwargs):
     "`ich-ingest` as a process group of its own."
     program = Path(sys.executable).with_name("ich-ingest")
     arguments = [str(program), str(folder), str(run_dir), "--size", str(SIZE), *options]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs)
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs
+    )
 
 
 def test_the_number_of_workers_does_not_show(folder, whole, tmp_path):
     ingest(folder, tmp_path / "cache", SIZE, workers=2)
     assert content(tmp_path) == content(whole)
     names = set(content(whole))
-    assert {"slices.parquet", "cache/cache.json", "cache/plan.parquet", "cache/shard-00004.npy"} <= names and len(names) == 13
+    assert {"slices.parquet", "cache/cache.json", "cache/plan.parquet", "cache/shard-00004.npy"} <= names and len(
+        names
+    ) == 13
 
 
 def test_rows_and_pixels_are_those_of_the_files(folder, whole):
@@ -133,7 +141,10 @@ def test_workers_that_die_are_survived(folder, whole, tmp_path):
 
     files = list(list_files(folder).values())
     todo = {n: files[n * SHARD_ROWS : (n + 1) * SHARD_ROWS] for n in range(5)}
-    write, done = partial(die_once, str(tmp_path / "died"), dicom_dir=str(folder), cache_dir=str(tmp_path), size=SIZE), []
+    write, done = (
+        partial(die_once, str(tmp_path / "died"), dicom_dir=str(folder), cache_dir=str(tmp_path), size=SIZE),
+        [],
+    )
     module.run_shards(todo, write, partial(ProcessPoolExecutor, 2), done.append)
     assert (tmp_path / "died").exists() and not todo and sum(map(len, done)) == N_FILES
     for n in range(5):
@@ -293,9 +304,15 @@ def test_a_full_disk_says_so_and_leaves_no_half_shard(folder, whole, tmp_path, w
 
     process = run_command(folder, tmp_path, "--workers", str(workers), preexec_fn=limit)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and re.search(r"shard-0000\d\.npy: cannot be written", err) and "Traceback" not in err
+    assert (
+        process.returncode == 1 and re.search(r"shard-0000\d\.npy: cannot be written", err) and "Traceback" not in err
+    )
     left = {p.name for p in (tmp_path / "cache").iterdir() if p.name != ".lock"}
-    assert {"cache.json", "plan.parquet"} <= left <= {"cache.json", "plan.parquet", "shard-00004.npy", "shard-00004.parquet"}, "the last shard is short"
+    assert (
+        {"cache.json", "plan.parquet"}
+        <= left
+        <= {"cache.json", "plan.parquet", "shard-00004.npy", "shard-00004.parquet"}
+    ), "the last shard is short"
     ingest(folder, tmp_path / "cache", SIZE, workers=1)
     assert content(tmp_path) == content(whole)
 
@@ -303,7 +320,11 @@ def test_a_full_disk_says_so_and_leaves_no_half_shard(folder, whole, tmp_path, w
 def test_no_space_left_names_the_file(tmp_path, monkeypatch):
     (tmp_path / "dicom").mkdir()
     (tmp_path / "dicom" / "a.dcm").write_bytes(make_file())
-    monkeypatch.setattr(cache_module, "_write_pixels", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    monkeypatch.setattr(
+        cache_module,
+        "_write_pixels",
+        lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    )
     with pytest.raises(InputError, match=r"shard-00000\.npy: cannot be written \(No space left on device\)"):
         ingest(tmp_path / "dicom", tmp_path / "cache", SIZE)
 
@@ -324,7 +345,11 @@ def test_dry_run_writes_nothing(folder, tmp_path):
     process = run_command(folder, tmp_path / "run", "--dry-run")
     out, _ = process.communicate(timeout=60)
     megabytes = sum(p.stat().st_size for p in folder.iterdir()) / 1e6
-    assert process.returncode == 0 and f"{N_FILES:,} files, {N_FILES:,} of them to read ({megabytes:,.0f} MB)" in out and "5 shards" in out
+    assert (
+        process.returncode == 0
+        and f"{N_FILES:,} files, {N_FILES:,} of them to read ({megabytes:,.0f} MB)" in out
+        and "5 shards" in out
+    )
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
     for out, size in ((tmp_path / "file", SIZE), (folder / "run", SIZE), (tmp_path / "run", 0)):
@@ -352,7 +377,15 @@ def bad_files():
     record.DirectoryRecordType = "PATIENT"
     directory.DirectoryRecordSequence = pydicom.Sequence([record])
     rgb = np.zeros((16, 16, 3), np.uint8)
-    color = dict(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0, BitsAllocated=8, BitsStored=8, Rows=16, Columns=16)
+    color = dict(
+        SamplesPerPixel=3,
+        PhotometricInterpretation="RGB",
+        PlanarConfiguration=0,
+        BitsAllocated=8,
+        BitsStored=8,
+        Rows=16,
+        Columns=16,
+    )
     rng = np.random.default_rng(3)
     jpeg = to_bytes(ds)
     cuts = (1, 100, 130, 140, 200, 300, 400, group + 3, group + 9, pixels + 4, pixels + 12, pixels + 100)
@@ -414,13 +447,21 @@ def test_forty_kinds_of_bad_input(tmp_path):
     os.mkfifo(folder / "pipe.dcm")
     with open(folder / "huge.dcm", "wb") as f:
         f.truncate(10 << 30)  # sparse
-    others = {"a folder": "not a file", "loop": "cannot be read: Too many", "dangling": "cannot be read: No such", "pipe": "not a file"}
+    others = {
+        "a folder": "not a file",
+        "loop": "cannot be read: Too many",
+        "dangling": "cannot be read: No such",
+        "pipe": "not a file",
+    }
     others["huge"] = "file too large"
     if os.geteuid() != 0:
         (folder / "secret.dcm").write_bytes(make_file())
         (folder / "secret.dcm").chmod(0)
         others["secret"] = "cannot be read: Permission"
-    good = {name: data.replace(b"1.2.3\0\x08\0", b"9.%03d\0\x08\0" % i) for i, (name, data) in enumerate(plain_variants().items())}
+    good = {
+        name: data.replace(b"1.2.3\0\x08\0", b"9.%03d\0\x08\0" % i)
+        for i, (name, data) in enumerate(plain_variants().items())
+    }
     names = [*(f"good {name}" for name in good), "name with ünïcode 脑", os.fsdecode(b"not utf-8 \xff")]
     for i, name in enumerate(names):
         data = list(good.values())[i] if i < len(good) else make_file(SOPInstanceUID=f"ID_n{i}")
@@ -434,7 +475,9 @@ def test_forty_kinds_of_bad_input(tmp_path):
         assert pd.notna(slices[f"{name}.dcm"]), name
         assert reason is None or slices[f"{name}.dcm"].startswith(reason), (name, slices[f"{name}.dcm"])
     assert slices["twice.dcm"] == r"duplicate: same SOPInstanceUID as not utf-8 \xff.dcm"
-    assert slices[[f"{printable(n)}.dcm" for n in names]].isna().all(), slices[slices.index.str.startswith("good")].dropna()
+    assert slices[[f"{printable(n)}.dcm" for n in names]].isna().all(), slices[
+        slices.index.str.startswith("good")
+    ].dropna()
 
 
 @pytest.mark.parametrize("syntax", ["JPEGLosslessProcess14_1", "JPEG2000Lossless"])

@@ -28,16 +28,28 @@ def simulate(n_patients=60, each=8, prevalence=True, seed=0):
     p = expit(rng.normal(-2, 1, (len(patient), 6)) + rng.normal(0, 1, (n_patients, 1))[patient])
     p[:, -1] = 1 - (1 - p[:, :5]).prod(1)
     y = (rng.random((len(patient), 5)) < p[:, :5]).astype(int) * prevalence
-    ids = pd.DataFrame({"SOPInstanceUID": [f"ID_{i}" for i in rng.permutation(len(y))], "PatientID": patient, "StudyInstanceUID": patient, "fold": patient % 2})
+    ids = pd.DataFrame(
+        {
+            "SOPInstanceUID": [f"ID_{i}" for i in rng.permutation(len(y))],
+            "PatientID": patient,
+            "StudyInstanceUID": patient,
+            "fold": patient % 2,
+        }
+    )
     return ids.assign(**dict(zip(LABELS, np.c_[y, y.any(1)].T, strict=True))), p
 
 
 def write_arm(folder, arm, ids, logits, keep_rate, pos_weight=None):
     "predictions.parquet and model.json of an arm, as notebook 12 writes them."
     (folder / "model").mkdir(parents=True)
-    ids.assign(keep_rate=keep_rate, **dict(zip(LOGITS, logits.T, strict=True))).to_parquet(folder / "predictions.parquet")
+    ids.assign(keep_rate=keep_rate, **dict(zip(LOGITS, logits.T, strict=True))).to_parquet(
+        folder / "predictions.parquet"
+    )
     balance, weights = arm.split("+")
-    folds = [{"fold": f, "keep_rate": keep_rate, "pos_weight": pos_weight and dict(zip(LABELS, pos_weight, strict=True))} for f in (0, 1)]
+    folds = [
+        {"fold": f, "keep_rate": keep_rate, "pos_weight": pos_weight and dict(zip(LABELS, pos_weight, strict=True))}
+        for f in (0, 1)
+    ]
     training = {"balance": balance, "class_weights": weights, "pos_weight": pos_weight, "folds": folds}
     (folder / "model" / "model.json").write_text(json.dumps({"training": training}))
 
@@ -60,8 +72,12 @@ def write_run(run_dir, arms=ARMS, pos_weight=None, **options):
 def test_paired_differences_are_those_of_a_loop_over_resamples(tmp_path):
     write_run(tmp_path)
     save_study(tmp_path, n_boot=100, seed=5)
-    table = pd.read_csv(tmp_path / "tables" / "imbalance_differences.csv").set_index(["arm", "probabilities", "minus", "label", "metric"])
-    main, none = (pd.read_parquet(folder / "predictions.parquet") for folder in (tmp_path, tmp_path / "arms" / "none+none"))
+    table = pd.read_csv(tmp_path / "tables" / "imbalance_differences.csv").set_index(
+        ["arm", "probabilities", "minus", "label", "metric"]
+    )
+    main, none = (
+        pd.read_parquet(folder / "predictions.parquet") for folder in (tmp_path, tmp_path / "arms" / "none+none")
+    )
     none = none.set_index("SOPInstanceUID").loc[main["SOPInstanceUID"]]
     y, p = main[list(LABELS)].to_numpy(), correct_for_sampling(expit(main[LOGITS].to_numpy()), R)
     q, codes = expit(none[LOGITS].to_numpy()), pd.factorize(main["PatientID"])[0]
@@ -72,7 +88,9 @@ def test_paired_differences_are_those_of_a_loop_over_resamples(tmp_path):
         aucs.append(sk.roc_auc_score(y[rows, 2], p[rows, 2]) - sk.roc_auc_score(y[rows, 2], q[rows, 2]))
     for key, values in ((("all", "weighted_log_loss"), losses), (("intraventricular", "auc"), aucs)):
         row = table.loc[(ARMS[0], "corrected", "none+none", *key)]
-        assert row[["value", "low", "high"]].to_list() == pytest.approx([values[0], *np.percentile(values[1:], [2.5, 97.5])], abs=1e-9)
+        assert row[["value", "low", "high"]].to_list() == pytest.approx(
+            [values[0], *np.percentile(values[1:], [2.5, 97.5])], abs=1e-9
+        )
         assert row["says"] == ("higher" if row["low"] > 0 else "lower" if row["high"] < 0 else "no difference")
 
 
@@ -81,11 +99,18 @@ def test_the_correction_gives_back_what_undersampling_and_pos_weight_took(tmp_pa
     study = run_study(read_arms(tmp_path), n_boot=200)
     assert study.corrected == ("none+none", "undersample+none")
     of = {key: values["all", "weighted_log_loss"] for key, values in study.values.items()}
-    assert of["none+none", "corrected"][0] == pytest.approx(weighted_log_loss(ids[list(LABELS)].to_numpy(), p), abs=1e-9)
+    assert of["none+none", "corrected"][0] == pytest.approx(
+        weighted_log_loss(ids[list(LABELS)].to_numpy(), p), abs=1e-9
+    )
     assert of["undersample+none", "corrected"] == pytest.approx(of["none+none", "corrected"], abs=1e-9)
     assert (of["undersample+none", "raw"] - of["none+none", "corrected"]).min() > 0.05
     sentences = save_study(tmp_path, n_boot=200)
-    assert any(s.startswith("undersample+none against none+none, after the prior correction: weighted log loss no difference (") for s in sentences)
+    assert any(
+        s.startswith(
+            "undersample+none against none+none, after the prior correction: weighted log loss no difference ("
+        )
+        for s in sentences
+    )
     assert any(s.startswith("The prior correction of undersample+none: weighted log loss better (-") for s in sentences)
 
 
@@ -93,10 +118,14 @@ def test_the_main_arm_is_measured_as_notebook_07_measures_it(tmp_path):
     write_run(tmp_path)
     table = table_2(run_study(read_arms(tmp_path), n_boot=100, seed=3)).query("arm == @ARMS[0]")
     model = json.loads((tmp_path / "model" / "model.json").read_text())
-    metrics = level_metrics(score_levels(pd.read_parquet(tmp_path / "predictions.parquet"), model), n_boot=100, seed=3).query("level == 'slice'")
+    metrics = level_metrics(
+        score_levels(pd.read_parquet(tmp_path / "predictions.parquet"), model), n_boot=100, seed=3
+    ).query("level == 'slice'")
     both = table.merge(metrics, on=["label", "metric", "probabilities"])
     assert len(both) == 2 * (5 * 6 + 1) and both["value_x"].notna().all()
-    assert both[["value_x", "low_x", "high_x"]].to_numpy() == pytest.approx(both[["value_y", "low_y", "high_y"]].to_numpy(), abs=1e-12)
+    assert both[["value_x", "low_x", "high_x"]].to_numpy() == pytest.approx(
+        both[["value_y", "low_y", "high_y"]].to_numpy(), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,8 +160,15 @@ def test_the_short_table_has_a_row_per_arm_and_says_its_numbers(tmp_path):
     write_run(tmp_path)
     save_study(tmp_path, n_boot=50)
     short = pd.read_csv(tmp_path / "tables" / "imbalance.csv", dtype=str)
-    assert set(short["arm"]) == {"none+none", "none+inverse"} | {f"undersample+{w}, {kind}" for w in ("none", "inverse") for kind in ("raw", "corrected")}
-    assert short.drop(columns=["arm", "slices", "patients", "prevalence"]).map(lambda s: bool(pd.Series(s).str.fullmatch(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)").all())).all().all()
+    assert set(short["arm"]) == {"none+none", "none+inverse"} | {
+        f"undersample+{w}, {kind}" for w in ("none", "inverse") for kind in ("raw", "corrected")
+    }
+    assert (
+        short.drop(columns=["arm", "slices", "patients", "prevalence"])
+        .map(lambda s: bool(pd.Series(s).str.fullmatch(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)").all()))
+        .all()
+        .all()
+    )
     assert (short[["slices", "patients"]] == ["480", "60"]).all().all()
 
 
@@ -149,11 +185,24 @@ def test_the_flow_to_194_082_is_recounted_only_where_every_positive_slice_is_the
     positives = np.flatnonzero(labels["any"])
     cohort.loc[positives[:62], "clean"] = False
     cohort.loc[[*positives[62:], *np.flatnonzero(labels["any"] == 0)[: len(positives) - 62]], "in_sample"] = True
-    assert derivation(labels, cohort)["this data"].to_list() == read_paper()["value"].loc[["slices", "normal", "positive"]].to_list() + [62, 97_041, 194_082]
+    assert derivation(labels, cohort)["this data"].to_list() == read_paper()["value"].loc[
+        ["slices", "normal", "positive"]
+    ].to_list() + [62, 97_041, 194_082]
     assert (derivation(labels, cohort)["verdict"] == "equal").all()
     cohort.loc[positives[0], "clean"] = True
-    assert derivation(labels, cohort)["verdict"].iloc[3] == "different: the rule is inferred from the arithmetic (notebook 08)"
+    assert (
+        derivation(labels, cohort)["verdict"].iloc[3]
+        == "different: the rule is inferred from the arithmetic (notebook 08)"
+    )
     part = derivation(labels, cohort.drop(positives[100:]))
     assert part["this data"].isna().to_list() == [False] * 3 + [True] * 3
-    assert part["verdict"].iloc[-1] == "not computable from these files: 97,003 of 97,103 slices with hemorrhage have no readable file here"
-    assert compare_paper(labels, cohort.drop(positives[100:])).set_index("what").loc["slices after undersampling", "verdict"] == part["verdict"].iloc[-1]
+    assert (
+        part["verdict"].iloc[-1]
+        == "not computable from these files: 97,003 of 97,103 slices with hemorrhage have no readable file here"
+    )
+    assert (
+        compare_paper(labels, cohort.drop(positives[100:]))
+        .set_index("what")
+        .loc["slices after undersampling", "verdict"]
+        == part["verdict"].iloc[-1]
+    )

@@ -38,7 +38,11 @@ def truth(tiny):
 
 
 def hashes(folder):
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 def read(tiny, uid):
@@ -64,7 +68,9 @@ def test_every_trap_is_there(tiny, truth):
     assert len(by_trap["truncated"]) == 1
     assert (image / f"{by_trap['truncated'][0]}.dcm").stat().st_size < 200_000
     odd = read(tiny, by_trap["odd_size"][0])
-    assert (odd.Rows, odd.Columns) == (640, 540) == odd.pixel_array.shape == read_mask(tiny, by_trap["odd_size"][0]).shape
+    assert (
+        (odd.Rows, odd.Columns) == (640, 540) == odd.pixel_array.shape == read_mask(tiny, by_trap["odd_size"][0]).shape
+    )
     wrapped = read(tiny, by_trap["wrapped_intercept"][0])
     assert wrapped.PixelRepresentation == 0 and float(wrapped.RescaleIntercept) > -100
     hu = (wrapped.pixel_array.astype(int) + 1000) % 4096 - 1000
@@ -139,8 +145,19 @@ def test_sizes_and_names_say_nothing(tiny, truth):
 def test_a_user_s_mistakes_are_one_line(tmp_path, tiny):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep me")
-    mistakes = [("mine", {}), ("a", {"n_patients": 0}), ("b", {"slices_per_series": (9, 3)}), ("c", {"prevalence": "foo"}), ("d", {"compress": "zip"})]
-    mistakes += [("e", {"seed": -1}), ("f", {"workers": -2}), ("g", {"slices_per_series": (6,)}), ("h", {"slices_per_series": ("a", "b")})]
+    mistakes = [
+        ("mine", {}),
+        ("a", {"n_patients": 0}),
+        ("b", {"slices_per_series": (9, 3)}),
+        ("c", {"prevalence": "foo"}),
+        ("d", {"compress": "zip"}),
+    ]
+    mistakes += [
+        ("e", {"seed": -1}),
+        ("f", {"workers": -2}),
+        ("g", {"slices_per_series": (6,)}),
+        ("h", {"slices_per_series": ("a", "b")}),
+    ]
     for name, wrong in (*mistakes, ("mine/thesis.txt/g", {"n_patients": 1})):
         with pytest.raises(InputError) as e:
             make_phantom(tmp_path / name, **wrong)
@@ -152,7 +169,12 @@ def test_a_user_s_mistakes_are_one_line(tmp_path, tiny):
 
 
 def test_compressed_files_hold_the_same_pixels(tmp_path):
-    syntax = {"rle": "1.2.840.10008.1.2.5", "jpeg": "1.2.840.10008.1.2.4.70", "jpegls": "1.2.840.10008.1.2.4.80", "jpeg2000": "1.2.840.10008.1.2.4.90"}
+    syntax = {
+        "rle": "1.2.840.10008.1.2.5",
+        "jpeg": "1.2.840.10008.1.2.4.70",
+        "jpegls": "1.2.840.10008.1.2.4.80",
+        "jpeg2000": "1.2.840.10008.1.2.4.90",
+    }
     assert set(syntax) == set(COMPRESSIONS)
     plain = make_phantom(tmp_path / "plain", 1, 5, slices_per_series=(5, 5), workers=1)
     for name, uid in syntax.items():
@@ -206,6 +228,8 @@ def test_a_killed_run_leaves_nobody_writing_and_can_be_repeated(tmp_path):
 def test_a_validator_finds_only_what_the_anonymization_did(tiny, truth):
     known = r"Information Object Not found|MediaStorageSOP\w+ (but missing|different from)|invalid data values for Value|\((0x0008,0x0018|0x0020,0x000[de])\)"
     for uid in truth[truth.traps == ""].SOPInstanceUID[:10]:
-        found = subprocess.run(["dciodvfy", str(tiny / "stage_1_train_images" / f"{uid}.dcm")], capture_output=True, text=True, timeout=60).stderr
+        found = subprocess.run(
+            ["dciodvfy", str(tiny / "stage_1_train_images" / f"{uid}.dcm")], capture_output=True, text=True, timeout=60
+        ).stderr
         errors = [line for line in found.splitlines() if line.startswith("Error")]
         assert errors and [e for e in errors if not re.search(known, e)] == []

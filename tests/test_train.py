@@ -92,26 +92,38 @@ def test_nothing_of_the_held_out_fold_reaches_the_weights(cohort, tmp_path):
     tables = [fit(run_dir, pos_weight=True, **QUICK) for run_dir in runs]
     assert same_weights(*runs)
     models = [json.loads((run_dir / "model" / "model.json").read_text()) for run_dir in runs]
-    assert models[0] == models[1] and models[0]["training"]["folds"][0]["slices"] == len(training_rows(cohort, 0, "undersample")[0])
-    assert not np.allclose(tables[0][LOGITS], tables[1][LOGITS]) and (history_of(runs[0])["valid_loss"] != history_of(runs[1])["valid_loss"]).all()
+    assert models[0] == models[1] and models[0]["training"]["folds"][0]["slices"] == len(
+        training_rows(cohort, 0, "undersample")[0]
+    )
+    assert (
+        not np.allclose(tables[0][LOGITS], tables[1][LOGITS])
+        and (history_of(runs[0])["valid_loss"] != history_of(runs[1])["valid_loss"]).all()
+    )
 
 
 @pytest.fixture(scope="module")
 def averaged(cohort, tmp_path_factory):
     "A training with all options on, two folds: run folder and predictions."
     run_dir = run_folder(tmp_path_factory.mktemp("averaged") / "run", cohort)
-    return run_dir, fit(run_dir, arm="none+competition", pos_weight=True, ema=0.9, folds=[0, 2], **QUICK | {"epochs": 2})
+    return run_dir, fit(
+        run_dir, arm="none+competition", pos_weight=True, ema=0.9, folds=[0, 2], **QUICK | {"epochs": 2}
+    )
 
 
 def test_predictions_are_the_saved_network_on_untouched_held_out_slices(averaged, cohort):
     run_dir, predictions = averaged
-    assert predictions["SOPInstanceUID"].tolist() == pd.concat([cohort[cohort["fold"] == k] for k in (0, 2)])["SOPInstanceUID"].tolist()
+    assert (
+        predictions["SOPInstanceUID"].tolist()
+        == pd.concat([cohort[cohort["fold"] == k] for k in (0, 2)])["SOPInstanceUID"].tolist()
+    )
     assert pd.read_parquet(run_dir / "predictions.parquet").equals(predictions)
     config = json.loads((run_dir / "model" / "model.json").read_text())
     model = build_model(config["arch"], config["n_in"]).eval()
     model.load_state_dict(weights_of(run_dir))
     keys = ("image_size", "windows", "neighbors")
-    plain = SliceBatches(cohort[cohort["fold"] == 0], run_dir / "cache", train=False, batch_size=8, **{k: config[k] for k in keys})
+    plain = SliceBatches(
+        cohort[cohort["fold"] == 0], run_dir / "cache", train=False, batch_size=8, **{k: config[k] for k in keys}
+    )
     with torch.no_grad():
         logits = torch.cat([model(x) for x, _ in plain]).numpy()
     assert np.allclose(logits, predictions.loc[predictions["fold"] == 0, LOGITS], atol=1e-4)
@@ -122,7 +134,11 @@ def test_what_was_done_is_written_down(averaged, cohort):
     training = json.loads((run_dir / "model" / "model.json").read_text())["training"]
     rows = training_rows(cohort, 0, "none")[0]
     assert np.allclose(training["pos_weight"], positive_weights(rows), atol=1e-5) and training["ema"] == 0.9
-    assert [f["fold"] for f in training["folds"]] == [0, 2] and training["folds"][0]["images_seen"] == 48 and training["folds"][0]["keep_rate"] == 1
+    assert (
+        [f["fold"] for f in training["folds"]] == [0, 2]
+        and training["folds"][0]["images_seen"] == 48
+        and training["folds"][0]["keep_rate"] == 1
+    )
     assert not (run_dir / "model" / "checkpoints").exists()
     assert history_of(run_dir)[["fold", "epoch"]].to_numpy().tolist() == [[0, 1], [0, 2], [2, 1], [2, 2]]
 
@@ -131,7 +147,9 @@ def test_the_average_of_weights_is_another_network_than_the_last(averaged, cohor
     last = run_folder(tmp_path / "last", cohort)
     fit(last, arm="none+competition", pos_weight=True, **QUICK | {"epochs": 2})
     assert not same_weights(averaged[0], last)
-    assert history_of(last)["train_loss"].tolist() == history_of(averaged[0]).query("fold == 0")["train_loss"].tolist(), "trained alike"
+    assert (
+        history_of(last)["train_loss"].tolist() == history_of(averaged[0]).query("fold == 0")["train_loss"].tolist()
+    ), "trained alike"
 
 
 EXACT = """
@@ -164,7 +182,9 @@ def test_two_processes_train_and_predict_as_one(cohort, tmp_path, monkeypatch):
     few = pd.concat([held_out, cohort[cohort["fold"] != 0]], ignore_index=True)
     one, two = (run_folder(tmp_path / name, few) for name in ("one", "two"))
     options = json.dumps(QUICK | {"batch_size": 16, "epochs": 20, "epoch_size": 16, "lr": 1e-3})
-    done = run_script(script, two, options, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))
+    done = run_script(
+        script, two, options, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert {"process 0 of 2", "process 1 of 2"} == set(done.stdout.splitlines())
     monkeypatch.setattr(train, "build_model", build_model)  # taken back after the script has changed it
@@ -206,7 +226,9 @@ def test_killed_after_an_epoch_and_resumed_ends_as_if_uninterrupted(cohort, tmp_
         assert done.returncode == 0, done.stderr[-3000:]
     assert history_of(killed)["seconds"][0] == state["history"][0]["seconds"], "the first epoch was not trained again"
     got, want = (pd.read_parquet(run_dir / "predictions.parquet") for run_dir in (killed, whole))
-    assert np.allclose(got[LOGITS], want[LOGITS], atol=1e-3) and got.drop(columns=LOGITS).equals(want.drop(columns=LOGITS))
+    assert np.allclose(got[LOGITS], want[LOGITS], atol=1e-3) and got.drop(columns=LOGITS).equals(
+        want.drop(columns=LOGITS)
+    )
     a, b = (history_of(run_dir).drop(columns="seconds") for run_dir in (whole, killed))
     assert np.allclose(a, b, atol=1e-3, equal_nan=True)
     a, b = weights_of(whole), weights_of(killed)
@@ -220,7 +242,9 @@ def test_broken_off_here_it_is_the_same_bit_for_bit_and_other_settings_start_ane
     fit(whole, **options)
     write = train.Checkpoint.after_validate
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Checkpoint, "after_validate", lambda self: (write(self), signal.raise_signal(signal.SIGINT)))
+        patch.setattr(
+            train.Checkpoint, "after_validate", lambda self: (write(self), signal.raise_signal(signal.SIGINT))
+        )
         fit(resumed, **options | {"lr": lr})
     first = torch.load(resumed / "model" / "checkpoints" / "fold-0.pt", weights_only=True)["history"][0]["seconds"]
     fit(resumed, **options)
@@ -231,8 +255,20 @@ def test_a_loss_that_is_not_finite_names_its_batch(cohort, tmp_path, monkeypatch
     steps = iter([1.0, float("nan"), 1.0])
     monkeypatch.setattr(train, "make_loss", lambda *a: lambda logits, y: logits.mean() * next(steps))
     run_dir = run_folder(tmp_path / "run", cohort)
-    loader = slice_loaders(cohort, run_dir / "cache", 0, image_size=32, windows={"brain": (40, 80)}, neighbors=0, batch_size=8, epoch_size=24).train
-    with pytest.raises(InputError, match="not finite in epoch 1, batch 2 of 3, with the slices " + ", ".join(loader.ids[loader.rows()[1]][:3])) as error:
+    loader = slice_loaders(
+        cohort,
+        run_dir / "cache",
+        0,
+        image_size=32,
+        windows={"brain": (40, 80)},
+        neighbors=0,
+        batch_size=8,
+        epoch_size=24,
+    ).train
+    with pytest.raises(
+        InputError,
+        match="not finite in epoch 1, batch 2 of 3, with the slices " + ", ".join(loader.ids[loader.rows()[1]][:3]),
+    ) as error:
         fit(run_dir, **QUICK)
     assert "\n" not in str(error.value) and not (run_dir / "predictions.parquet").exists()
 
@@ -281,7 +317,10 @@ def test_weights_from_a_file_start_the_backbone_and_fit_any_number_of_channels(t
     [
         (lambda f: build_model("resnet1", 3), "arch=resnet1: timm has no such model; try .*resnet1[08]"),
         (lambda f: build_model("resnet10t", 3, weights=str(f / "none.pth")), "none.pth: no such file"),
-        (lambda f: build_model("resnet10t", 3, weights=str(f / "other.pth")), "other.pth: holds no weights of resnet10t"),
+        (
+            lambda f: build_model("resnet10t", 3, weights=str(f / "other.pth")),
+            "other.pth: holds no weights of resnet10t",
+        ),
         (lambda f: fit(f / "run", **QUICK | {"epochs": 0}), "epochs=0"),
         (lambda f: fit(f / "run", folds=[9], **QUICK), r"folds=\[9\]"),
         (lambda f: fit(f / "run", arm="undersample", **QUICK), "arm undersample: must be"),
@@ -301,7 +340,10 @@ def test_a_class_without_a_positive_has_no_auc_and_spoils_nothing(cohort, tmp_pa
     y, z = np.zeros((6, 6)), np.arange(36.0).reshape(6, 6)
     y[3:, [1, 5]] = 1
     y[:, 2] = 1
-    assert score_logits(y, z) == {"auc_any": 1.0, "auc_subtypes": 1.0} and score_logits(y[:1], z[:1]) == {"auc_any": None, "auc_subtypes": None}
+    assert score_logits(y, z) == {"auc_any": 1.0, "auc_subtypes": 1.0} and score_logits(y[:1], z[:1]) == {
+        "auc_any": None,
+        "auc_subtypes": None,
+    }
     run_dir = run_folder(tmp_path / "run", cohort.assign(**dict.fromkeys(LABELS, 0), in_sample=False))
     predictions = fit(run_dir, pos_weight=True, **QUICK)
     assert np.isfinite(predictions[LOGITS]).all().all() and history_of(run_dir)["auc_any"].isna().all()
