@@ -288,7 +288,7 @@ class SliceBatches:
 
 # %% ../nbs/10_batches.ipynb #10-041
 def training_rows(
-    cohort: pd.DataFrame,  # as notebook 08 writes it
+    cohort: pd.DataFrame,  # as notebook 09 writes it
     valid_fold: int,  # the held-out fold
     balance: str,  # "undersample" or "none"
 ) -> tuple[
@@ -309,7 +309,7 @@ def training_rows(
 
 # %% ../nbs/10_batches.ipynb #10-043
 def slice_loaders(
-    cohort: pd.DataFrame,  # as notebook 08 writes it
+    cohort: pd.DataFrame,  # as notebook 09 writes it
     cache_dir: str | Path,  # the cache
     valid_fold: int,  # the held-out fold
     *,

@@ -72,9 +72,9 @@ def save_table(
 # %% ../nbs/00_core.ipynb #00-016
 MAKERS = {
     "labels.parquet": "01_labels",
-    "slices.parquet": "07_ingest",
-    "cache": "07_ingest",
-    "cohort.parquet": "08_cohort",
+    "slices.parquet": "08_ingest",
+    "cache": "08_ingest",
+    "cohort.parquet": "09_cohort",
     "predictions.parquet": "12_train",
     "model/model.json": "12_train",
     "model/history.csv": "12_train",

@@ -109,7 +109,7 @@ CLEAN_POSITIVES = (
 # %% ../nbs/40_paper.ipynb #40-023
 def explain_missing(
     labels: pd.DataFrame,  # index SOPInstanceUID, six label columns
-    cohort: pd.DataFrame,  # as notebook 08 writes it
+    cohort: pd.DataFrame,  # as notebook 09 writes it
 ) -> str:  # "" where every slice with hemorrhage has its pixels
     "Why the brain fraction of all slices with hemorrhage is not known."
     positives = int(labels["any"].sum())
@@ -131,7 +131,7 @@ def judge(
     if ours == paper:
         return "equal"
     return (
-        "different: the rule is inferred from the arithmetic (notebook 08)"
+        "different: the rule is inferred from the arithmetic (notebook 09)"
         if same_data
         else "different: this is another dataset"
     )
@@ -139,7 +139,7 @@ def judge(
 # %% ../nbs/40_paper.ipynb #40-025
 def derivation(
     labels: pd.DataFrame,  # index SOPInstanceUID, six label columns
-    cohort: pd.DataFrame,  # as notebook 08 writes it
+    cohort: pd.DataFrame,  # as notebook 09 writes it
 ) -> pd.DataFrame:  # step, RSNA, source, this data, verdict
     "From the labelled slices to the undersampled training set: the paper's numbers, and the recount on this data."
     paper, reason = read_paper(), explain_missing(labels, cohort)
@@ -189,7 +189,7 @@ def weight_table(
 # %% ../nbs/40_paper.ipynb #40-033
 def recount(
     labels: pd.DataFrame,  # index SOPInstanceUID, six label columns
-    cohort: pd.DataFrame,  # as notebook 08 writes it
+    cohort: pd.DataFrame,  # as notebook 09 writes it
 ) -> dict[str, tuple]:  # id: (our value or None, the reason where it is None)
     "Our value of each figure that the paper states."
     reason = explain_missing(labels, cohort)

@@ -46,7 +46,7 @@ def read_study(
 ) -> tuple[
     np.ndarray, pd.DataFrame
 ]:  # (n, size, size) int16 HU; a row per file: `index` into HU, `error` null when good, `file` from the folder that holds all
-    "The slices of the files and their table, as notebook 07 makes them; a file that repeats a SOPInstanceUID has an error."
+    "The slices of the files and their table, as notebook 08 makes them; a file that repeats a SOPInstanceUID has an error."
     paths = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     with Decoder() as decoder:

@@ -174,7 +174,7 @@ def write_report(
         f"<h2>What the paper says, what we get</h2>{show('40_paper', 'paper.csv')}"
         f"<h2>Table 1: how often each kind of bleeding occurs</h2>{show('40_paper', 'table_1.csv', 'table_1.svg')}"
         f"<h2>Table 2: the paper's two remedies for imbalance</h2>{show('24_imbalance', 'imbalance_words.csv', 'imbalance.csv', 'imbalance.svg')}"
-        f"<h2>The flow of slices</h2>{show('08_cohort', 'flow.csv')}{show('40_paper', 'derivation.csv')}"
+        f"<h2>The flow of slices</h2>{show('09_cohort', 'flow.csv')}{show('40_paper', 'derivation.csv')}"
         f'<h2>The notebooks, as they ran</h2><div class="scroll"><table>{"".join(rows)}</table></div>'
         f"<h2>Where the numbers come from</h2>{_provenance(manifest)}"
     )

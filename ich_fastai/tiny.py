@@ -37,7 +37,7 @@ def tiny_phantom(
 
 # %% ../nbs/90_tiny.ipynb #90-007
 def tiny_sources() -> Path:  # run_dir
-    "The run folder of the tiny phantom, runs/tiny/run, with the files of notebooks 01 and 07. Built when missing; safe to call from several processes."
+    "The run folder of the tiny phantom, runs/tiny/run, with the files of notebooks 01 and 08. Built when missing; safe to call from several processes."
     from filelock import FileLock
 
     data_dir, run_dir = tiny_phantom(), project_dir() / "runs" / "tiny" / "run"
@@ -53,7 +53,7 @@ def tiny_sources() -> Path:  # run_dir
 
 # %% ../nbs/90_tiny.ipynb #90-008
 def tiny_cohort() -> Path:  # run_dir
-    "The run folder of the tiny phantom with the files of notebooks 01, 07 and 08, built when missing."
+    "The run folder of the tiny phantom with the files of notebooks 01, 08 and 09, built when missing."
     from filelock import FileLock
 
     run_dir = tiny_sources()

@@ -288,7 +288,7 @@ def find_place() -> tuple[torch.device, int, int]:  # device, rank, processes
 
 # %% ../nbs/12_train.ipynb #12-034
 def fit_fold(
-    cohort: pd.DataFrame,  # as notebook 08 writes it
+    cohort: pd.DataFrame,  # as notebook 09 writes it
     cache_dir: str | Path,  # the cache
     fold: int,  # held out
     config: dict,  # as `fit` makes it

@@ -139,7 +139,7 @@ def test_from_refuses_parameters_that_would_not_be_those_of_the_kept_notebooks(t
             "parameter run_dir: the run sets it; use --data and --out",
         ),
         (["--preset", "tiny", "--from", "17"], "no such notebook"),
-        (["--preset", "tiny", "--from", "10", "--until", "05"], "comes after"),
+        (["--preset", "tiny", "--from", "10", "--until", "06"], "comes after"),
         (["--preset", "paper"], "--data"),
         (["--preset", "paper", "--data", "nowhere"], "nowhere: no such folder"),
         (["--preset", "tiny", "--data", "{empty}"], "has no stage_1_train.csv"),

@@ -192,7 +192,7 @@ def test_the_flow_to_194_082_is_recounted_only_where_every_positive_slice_is_the
     cohort.loc[positives[0], "clean"] = True
     assert (
         derivation(labels, cohort)["verdict"].iloc[3]
-        == "different: the rule is inferred from the arithmetic (notebook 08)"
+        == "different: the rule is inferred from the arithmetic (notebook 09)"
     )
     part = derivation(labels, cohort.drop(positives[100:]))
     assert part["this data"].isna().to_list() == [False] * 3 + [True] * 3
