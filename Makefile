@@ -6,13 +6,15 @@ ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup reproduce test prepare lock clean
+.PHONY: help setup reproduce test prepare outputs docs lock clean
 
 help:
 	@echo "make reproduce                          the study on the synthetic data (about 7 minutes on 2 cores)"
 	@echo "make reproduce DATA=/data/rsna PRESET=paper   the study on the RSNA data (needs a GPU)"
 	@echo "make test                               every test"
-	@echo "make prepare                            export, clean and lint: before each commit"
+	@echo "make prepare                            format, export, clean, lint: before each commit"
+	@echo "make outputs                            the demo's outputs into the notebooks of nbs/"
+	@echo "make docs                               notebooks and pages as a site of plain HTML, in site/"
 
 setup: .venv/.done
 
@@ -29,16 +31,28 @@ reproduce: setup
 
 test: setup
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
 	@$(BIN)/pytest $(ARGS)
 
 prepare: setup
+	@$(BIN)/ruff format .
 	@$(BIN)/nbdev-export
 	@$(BIN)/nbdev-clean
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+outputs: setup
+	@$(BIN)/ich-reproduce --preset demo
+	@$(BIN)/python -c 'from ich_fastai.reproduce import copy_outputs; print(*copy_outputs("runs/demo"))'
+	@$(BIN)/nbdev-clean
+
+docs: setup
+	@$(BIN)/python -c 'from ich_fastai.report import write_site; print(write_site("site"))'
 
 # Exact versions of what is installed now, without this package. CUDA packages exist for Linux only.
 lock:
 	@$(BIN)/pip freeze --all --exclude-editable --exclude pip | grep -v -e '^-' -e ' @ ' | sed -E '/^(nvidia-|cuda-|triton)/s/$$/ ; sys_platform == "linux"/' > requirements.lock
 
 clean:
-	rm -rf runs build dist *.egg-info
+	rm -rf runs site build dist *.egg-info

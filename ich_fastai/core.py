@@ -113,14 +113,13 @@ def format_number(
     value,  # a number, text, or nothing: None, nan, NA
     digits: int = 3,  # after the point, of floats
 ) -> str:
-    "A value for people: thousands apart, floats rounded, a dash for what is missing."
+    "A value for people: thousands apart, floats rounded (small ones to as many digits), a dash for what is missing."
     if pd.isna(value):
         return MISSING
-    if isinstance(value, bool | str):
-        return str(value)
-    return (
-        f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-    )
+    if isinstance(value, float):
+        small = 0 < abs(value) < 0.1
+        return f"{value:.{digits}g}" if small else f"{value:,.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 # %% ../nbs/00_core.ipynb #00-023
 def format_table(
@@ -137,12 +136,13 @@ COLORS = ("#E69F00", "#D55E00", "#CC79A7", "#009E73", "#0072B2", "#000000")
 def set_style() -> None:
     "Set this project's one matplotlib style: plain, without chart junk."
     import matplotlib as mpl
+    from cycler import cycler
 
     small = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize")
     sizes = {"font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "figure.titlesize": 11} | dict.fromkeys(
         small, 9
     )
-    lines = {"axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": mpl.cycler(color=COLORS)}
+    lines = {"axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": cycler(color=COLORS)}
     figure = {"figure.dpi": 100, "figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True}
     mpl.rcParams.update(
         sizes | lines | figure | {"image.cmap": "gray", "legend.frameon": False, "svg.hashsalt": "ich_fastai"}

@@ -10,9 +10,8 @@ from conftest import PROJECT
 
 from ich_fastai.core import InputError
 from ich_fastai.labels import LABELS
-from ich_fastai.reproduce import PHANTOM_PARAMETERS, declared_parameters, prepare_data
+from ich_fastai.reproduce import STAGES, declared_parameters, prepare_data
 
-NOTEBOOKS = [p.stem for p in sorted((PROJECT / "nbs").glob("0*.ipynb"))]
 LOGITS = [f"logit_{label}" for label in LABELS]
 
 
@@ -21,13 +20,13 @@ def test_the_chain_runs_and_prints_headline_and_report(tiny_run):
     assert re.search(r"Report: \S*index\.html", done.stdout)
     assert "synthetic" in done.stdout and "any" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert [line.split()[0] for line in done.stdout.splitlines() if re.match(r"\d\d\w?_", line)] == NOTEBOOKS
+    assert [line.split()[0] for line in done.stdout.splitlines() if re.match(r"\d\d_", line)] == list(STAGES)
 
 
 def test_the_parameters_arrived_in_each_notebook(tiny_run):
     run_dir, _ = tiny_run
     given = {*json.loads((run_dir / "manifest.json").read_text())["parameters"], "data_dir", "labels_csv", "run_dir"}
-    for name in (n for n in NOTEBOOKS if given & set(declared_parameters(n))):
+    for name in (n for n in STAGES if given & set(declared_parameters(n))):
         cells = json.loads((run_dir / "notebooks" / f"{name}.ipynb").read_text())["cells"]
         tags = [c["metadata"].get("tags", []) for c in cells]
         assert sum("parameters" in t for t in tags) == 1
@@ -63,7 +62,7 @@ def test_no_pickles_and_a_complete_manifest(tiny_run):
     assert not [p for p in run_dir.rglob("*") if p.suffix in (".pkl", ".pickle", ".joblib")]
     assert (run_dir / "model" / "weights.safetensors").is_file()
     manifest = json.loads((run_dir / "manifest.json").read_text())
-    assert set(manifest["seconds"]) == set(NOTEBOOKS) and manifest["synthetic"]
+    assert set(manifest["seconds"]) == set(STAGES) and manifest["synthetic"]
     assert re.fullmatch(r"[0-9a-f]{64}", manifest["inputs"]["labels_sha256"]) and manifest["inputs"]["dicom_files"] > 0
     assert manifest["versions"]["torch"] and manifest["parameters"]["n_patients"]
 
@@ -80,7 +79,7 @@ def test_every_reported_number_has_n_prevalence_and_interval(tiny_run):
 
 def test_the_report_is_plain_html_with_its_notices(tiny_run):
     run_dir, _ = tiny_run
-    pages = [run_dir / "index.html", *(run_dir / "notebooks" / f"{name}.html" for name in NOTEBOOKS)]
+    pages = [run_dir / "index.html", *(run_dir / "notebooks" / f"{name}.html" for name in STAGES)]
     for page in pages:
         text = page.read_text()
         assert "<script" not in text and "data is synthetic" in text and "Not a medical device" in text
@@ -94,7 +93,7 @@ def test_the_report_is_plain_html_with_its_notices(tiny_run):
 def test_resume_refuses_other_parameters_and_data_and_skips_what_is_done(tiny_run, command, tmp_path):
     run_dir, _ = tiny_run
     done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir, "--resume", "--set", "seed=7")
-    assert done.returncode == 1 and "cannot resume with other parameters (seed)" in done.stderr
+    assert done.returncode == 1 and "ran with other parameters (seed)" in done.stderr
     other = tmp_path / "data"
     shutil.copytree(run_dir / "data", other)
     next(other.rglob("*.dcm")).unlink()
@@ -106,13 +105,12 @@ def test_resume_refuses_other_parameters_and_data_and_skips_what_is_done(tiny_ru
 
 
 def test_another_phantom_in_the_same_folder_takes_the_old_cache_with_it(tmp_path):
-    declared = {"make_phantom": PHANTOM_PARAMETERS}
     for n in (1, 2):
-        data = prepare_data(None, tmp_path, {"n_patients": n, "slices_per_series": [5, 5]}, declared)
+        data = prepare_data(None, tmp_path, {"n_patients": n, "slices_per_series": [5, 5]})
         assert json.loads((data / "phantom.json").read_text())["n_patients"] == n and not (tmp_path / "cache").exists()
         (tmp_path / "cache").mkdir()
     with pytest.raises(InputError, match="at least one patient"):
-        prepare_data(None, tmp_path, {"n_patients": 0}, declared)
+        prepare_data(None, tmp_path, {"n_patients": 0})
     assert (tmp_path / "data" / "phantom.json").is_file() and (tmp_path / "cache").is_dir(), "a typo deletes nothing"
 
 
@@ -138,8 +136,8 @@ def test_from_refuses_parameters_that_would_not_be_those_of_the_kept_notebooks(t
             ["--preset", "tiny", "--set", "run_dir=elsewhere"],
             "parameter run_dir: the run sets it; use --data and --out",
         ),
-        (["--preset", "tiny", "--from", "17"], "no such notebook"),
-        (["--preset", "tiny", "--from", "10", "--until", "06"], "comes after"),
+        (["--preset", "tiny", "--from", "17"], "no such stage"),
+        (["--preset", "tiny", "--from", "10", "--until", "08"], "comes after"),
         (["--preset", "paper"], "--data"),
         (["--preset", "paper", "--data", "nowhere"], "nowhere: no such folder"),
         (["--preset", "tiny", "--data", "{empty}"], "has no stage_1_train.csv"),
@@ -174,3 +172,17 @@ def test_a_failing_notebook_names_cell_and_error_and_resumes(command, tiny_run, 
         and (tmp_path / "run" / "labels.parquet").is_file()
         and (tmp_path / "run" / "index.html").is_file()
     )
+
+
+def test_a_stage_is_a_notebook_that_the_run_gives_its_folder():
+    folders = {p.stem for p in (PROJECT / "nbs").glob("*.ipynb") if "run_dir" in declared_parameters(p.stem)}
+    assert set(STAGES) <= folders
+
+
+def test_papermill_runs_a_notebook_from_any_folder_and_writes_nothing_else(tmp_path, command):
+    before = {p: p.read_bytes() for p in (PROJECT / "ich_fastai").glob("*.py")}
+    source = PROJECT / "nbs" / "01_labels.ipynb"
+    done = command("papermill", source, tmp_path / "out.ipynb", "-p", "seed", "7", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {p: p.read_bytes() for p in (PROJECT / "ich_fastai").glob("*.py")} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"]
