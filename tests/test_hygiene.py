@@ -12,6 +12,9 @@ import papermill
 import pytest
 from conftest import PROJECT
 
+sys.path.insert(0, str(PROJECT / "benchmarks"))
+import house
+
 NOTEBOOKS = sorted((PROJECT / "nbs").glob("*.ipynb"))
 TRACKED = [
     f
@@ -81,6 +84,29 @@ def test_a_module_imports_only_lower_numbers(name):
         re.findall(r"(?:from|import) (?:ich_fastai)?\.(\w+)", (PROJECT / "ich_fastai" / f"{own}.py").read_text())
     ) - {own}
     assert all(order[module] < number for module in imported), imported
+
+
+def test_definitions_are_shown_and_rooms_stay_small():
+    found = {p.stem: house.find_hidden(p) for p in NOTEBOOKS}
+    shown = {name: 1 - len(hidden) / n for name, (n, hidden) in found.items()}
+    assert min(shown.values()) >= 0.45, {name: found[name][1] for name in shown if shown[name] < 0.45}
+    total, hidden = sum(n for n, _ in found.values()), sum(len(hidden) for _, hidden in found.values())
+    assert 1 - hidden / total >= 0.65
+    lines = {p.stem: sum(map(house.count_lines, house.code_cells(p))) for p in NOTEBOOKS}
+    assert max(lines.values()) <= 400, {name: n for name, n in lines.items() if n > 400}
+
+
+def test_functions_and_lines_are_short():
+    modules = sorted((PROJECT / "ich_fastai").glob("[!_]*.py"))
+    assert not {p.stem: names for p in modules if (names := house.long_functions(p))}
+    sources = [*modules, *NOTEBOOKS, *(PROJECT / "tests").glob("*.py"), *(PROJECT / "benchmarks").glob("*.py")]
+    assert not {p.name: lines for p in sources if (lines := house.long_lines(p))}
+
+
+def test_the_version_is_one():
+    version = re.search(r"(?m)^version = (.+)$", (PROJECT / "settings.ini").read_text()).group(1)
+    assert f"\nversion: {version}\n" in (PROJECT / "CITATION.cff").read_text()
+    assert f"## {version} " in (PROJECT / "CHANGELOG.md").read_text()
 
 
 def test_nothing_committed_carries_a_machine_path_or_registry():
