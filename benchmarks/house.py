@@ -73,8 +73,8 @@ def main():
         print(f"{notebook.stem:<14}{shown:>12}{sum(map(count_lines, code_cells(notebook))):>10}{lines:>8}   {notes}")
         for key, value in (("lines", lines), ("definitions", n), ("shown", n - len(hidden))):
             total[key] += value
-    share = f"{total['shown']} of {total['definitions']} definitions shown, {100 * total['shown'] / total['definitions']:.0f}%"
-    print(f"all: {share}; {total['lines']:,} lines in the package")
+    n, k = total["definitions"], total["shown"]
+    print(f"all: {k} of {n} definitions shown, {100 * k / n:.0f}%; {total['lines']:,} lines in the package")
 
 
 if __name__ == "__main__":
