@@ -143,7 +143,7 @@ def test_wheel_installs_in_an_empty_environment(tmp_path):
         python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"
     )  # the one that venv brings is older than torch wants
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", next(tmp_path.glob("*.whl")))
-    # The dependencies (6 GB) come from this environment instead of a second download; `pip check` says whether the wheel names them rightly.
+    # The dependencies (6 GB) come from this environment; `pip check` says whether the wheel names them rightly.
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
     (tmp_path / "deps.pth").write_text(sysconfig.get_path("purelib"))
     shutil.copy(tmp_path / "deps.pth", site)
