@@ -159,10 +159,7 @@ def measure_study(options):
     ):
         x = logit(p) + rng.normal(0, 0.3, p.shape)
         columns = dict(zip(LABELS, y.T, strict=True)) | {f"logit_{label}": x[:, k] for k, label in enumerate(LABELS)}
-        arms[arm] = (
-            pd.DataFrame({"PatientID": patient, "fold": 0, "keep_rate": keep_rate} | columns),
-            {"training": {"folds": []}},
-        )
+        arms[arm] = (pd.DataFrame({"PatientID": patient, "fold": 0, "keep_rate": keep_rate} | columns), {})
 
     def compare():
         study = run_study(arms, n_boot=options.resamples)

@@ -2,8 +2,8 @@
 
 python benchmarks/loader.py [--slices 2000] [--size 256] [--rounds 5]
 
-plain:      one HU channel of each slice gathered into a batch, one thread, against ImageBlock with 2 workers, no augmentation.
-augmented:  affine, noise, three jittered windows, normalized, against ImageBlock with aug_transforms and Normalize, on the CPU.
+plain:      one HU channel of each slice gathered into a batch, one thread; ImageBlock with 2 workers, no augmentation.
+augmented:  affine, noise, three jittered windows, normalized; ImageBlock with aug_transforms and Normalize; on the CPU.
 The slices are copies of the tiny phantom's, each at its own place in the cache. The page cache is warm.
 """
 
@@ -23,7 +23,7 @@ import torch
 from ingest import copy_slices
 
 from ich_fastai.cache import SHARD_ROWS, open_cache
-from ich_fastai.batches import Augment, SliceBatches, named_windows
+from ich_fastai.batches import Augment, Buffer, Settings, SliceBatches
 from ich_fastai.dicom import window
 from ich_fastai.ingest import ingest
 from ich_fastai.labels import LABELS, find_dataset
@@ -73,22 +73,16 @@ def fastai_loader(cohort, folder, *, augment):
 
 def cache_loader(cohort, cache_dir, size, *, augment):
     "This project's batches of the same slices."
-    return SliceBatches(
-        cohort,
-        cache_dir,
-        image_size=size,
-        windows=named_windows(["brain", "subdural", "stroke"]),
-        neighbors=0,
-        batch_size=64,
-        train=True,
-        augment=Augment() if augment else None,
-    )
+    settings = Settings(image_size=size, neighbors=0, batch_size=64)
+    return SliceBatches(cohort, cache_dir, settings, train=True, augment=Augment() if augment else None)
 
 
 def gather_all(loader):
-    "Every batch of an epoch as int16 HU in the reused buffer, in the order of training."
+    "Every batch of an epoch as int16 HU in one reused buffer, in the order of training."
+    size = loader.settings.image_size
+    buffer = Buffer((loader.bs, 1, loader.cache.size, loader.cache.size), loader.device)
     for rows in loader.rows():
-        yield loader.read(rows)
+        yield buffer.read(loader.cache, loader.addresses[rows], size)
 
 
 def rate(batches):
@@ -112,9 +106,7 @@ def main():
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    print(
-        f"{args.slices:,} slices at {args.size} px, {os.cpu_count()} cores, torch {torch.__version__}, {args.rounds} rounds"
-    )
+    print(f"{args.slices:,} slices at {args.size} px, {args.rounds} rounds; {os.cpu_count()} cores,", torch.__version__)
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         cohort = make_cohort(scratch, args.slices, args.size)

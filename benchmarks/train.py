@@ -33,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ich_fastai.cache import open_cache
 from ich_fastai.cohort import make_cohort
-from ich_fastai.batches import named_windows, slice_loaders, training_rows
+from ich_fastai.batches import Place, Settings, named_windows, slice_loaders, training_rows
+from ich_fastai.core import read_stage
 from ich_fastai.dicom import window
 from ich_fastai.ingest import ingest
 from ich_fastai.labels import LABELS, find_dataset, read_labels, tabulate_labels
@@ -148,17 +149,14 @@ def measure(arch, size, channels, cohort, cache, device, options):
     few = pd.concat(
         [cohort[cohort["fold"] != 0], cohort[cohort["fold"] == 0].head(8)], ignore_index=True
     )  # a short validation: only training is timed
-    dls = slice_loaders(
-        few,
-        cache,
-        0,
+    settings = Settings(
         image_size=size,
-        windows=named_windows(list(WINDOWS)),
+        windows=named_windows(WINDOWS),
         neighbors=(channels // len(WINDOWS) - 1) // 2,
         batch_size=batch,
         epoch_size=batch * steps,
-        device=device,
     )
+    dls = slice_loaders(few, cache, 0, settings, place=Place(torch.device(device)))
     turns = Turns(device, steps)
     loss = make_loss(loss_weights(few, "inverse"), device=device)
     learner = make_learner(
@@ -252,21 +250,21 @@ def train_fastai(training, held_out, folder, options, seed):
 def train_ours(run_dir, options, seed, epoch_size):
     "The same of `fit`, its files written."
     start = time.perf_counter()
-    table = fit(
-        run_dir,
-        arm="undersample+none",
+    settings = Settings(
         arch=options.arch,
         image_size=options.size,
-        windows=list(WINDOWS),
+        windows=named_windows(WINDOWS),
         neighbors=0,
         batch_size=options.batch or 32,
         epochs=options.epochs,
         epoch_size=epoch_size,
         lr=options.lr,
+        class_weights="none",
         seed=seed,
     )
+    table = fit(run_dir, settings)
     seconds = time.perf_counter() - start
-    seen = json.loads((run_dir / "model" / "model.json").read_text())["training"]["folds"][0]["images_seen"]
+    seen = read_stage(run_dir, "model/model.json")["training"]["folds"][0]["images_seen"]
     return seconds, seen, 1 / (1 + np.exp(-table[[f"logit_{label}" for label in LABELS]].to_numpy(np.float64)))
 
 

@@ -30,27 +30,18 @@ def correct_for_sampling(
 def to_logits(
     logits: np.ndarray,  # (n, 6) as the network gives them
     keep_rate: float | np.ndarray = 1.0,  # share of the any=0 slices that training kept
-    pos_weight: np.ndarray | None = None,  # (6,) or (n, 6), or None
 ) -> np.ndarray:  # (n, 6) float64, logits of probabilities on the natural mix
-    "The network's logits with `pos_weight` and undersampling undone."
-    x = np.asarray(logits, np.float64)
-    if pos_weight is not None:
-        x = x - np.log(np.asarray(pos_weight, np.float64))
+    "The network's logits with undersampling undone."
     eps = np.finfo(np.float64).eps
-    return logit(np.clip(correct_for_sampling(expit(x), keep_rate), eps, 1 - eps))
+    return logit(np.clip(correct_for_sampling(expit(np.asarray(logits, np.float64)), keep_rate), eps, 1 - eps))
 
 # %% ../nbs/21_calibrate.ipynb #21-014
 def correct_logits(
     predictions: pd.DataFrame,  # as notebook 12 writes it
-    model: dict,  # model.json, with each fold's `pos_weight` where there was one
 ) -> np.ndarray:  # (n, 6) float64, logits of probabilities on the natural mix
     "The logits of a run, with what each fold's training did to them undone."
-    training = model["training"]
-    default = training.get("pos_weight") or [1.0] * len(LABELS)
-    own = {f["fold"]: [f["pos_weight"][label] for label in LABELS] for f in training["folds"] if f.get("pos_weight")}
-    pos_weight = np.array([own.get(fold, default) for fold in predictions["fold"]]).reshape(-1, len(LABELS))
     logits = predictions[[f"logit_{label}" for label in LABELS]].to_numpy(np.float64)
-    return to_logits(logits, predictions["keep_rate"].fillna(1.0).to_numpy(), pos_weight)
+    return to_logits(logits, predictions["keep_rate"].fillna(1.0).to_numpy())
 
 # %% ../nbs/21_calibrate.ipynb #21-017
 def split_patients(
@@ -164,12 +155,11 @@ def cross_fit(
 # %% ../nbs/21_calibrate.ipynb #21-036
 def score_levels(
     predictions: pd.DataFrame,  # as notebook 12 writes it
-    model: dict,  # model.json
     **options,  # of `fit_decisions`
 ) -> dict:  # slice, study: dict of y, patients, x, part, raw, corrected and what `cross_fit` gives
     "Labels and probabilities of slices and studies: as the network gives them, corrected, and calibrated on other patients."
     raw = predictions[[f"logit_{label}" for label in LABELS]].to_numpy(np.float64)
-    x = correct_logits(predictions, model)
+    x = correct_logits(predictions)
     study = pd.factorize(predictions["StudyInstanceUID"])[0]
     levels = {}
     for level, key in (("slice", np.arange(len(predictions))), ("study", study)):

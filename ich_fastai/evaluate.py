@@ -385,11 +385,10 @@ def update_model(
     "Write corrections and thresholds, fitted on all held-out patients, into model/model.json."
     path = stage_file(run_dir, "model/model.json")
     model = json.loads(path.read_text())
-    training, d = model["training"], levels["slice"]
+    d = levels["slice"]
     fits = {level: fit_decisions(d["y"], d["x"], d["patients"], **options) for level, d in levels.items()}
     model["corrections"] = {
-        "pos_weight": training.get("pos_weight"),
-        "keep_rate": training["folds"][0]["keep_rate"],
+        "keep_rate": model["training"]["folds"][0]["keep_rate"],
         "calibration": describe_decisions(fits["slice"], "slope", "intercept"),
         "study_calibration": describe_decisions(fits["study"], "slope", "intercept"),
         "fitted_on": {"slices": len(d["y"]), "patients": len(np.unique(d["patients"]))},
@@ -419,7 +418,7 @@ def evaluate(
     run_dir, boot = Path(run_dir), {"n_boot": n_boot, "seed": seed}
     options = {"sensitivity": wanted_sensitivity, "coverage": coverage, "seed": seed}
     predictions = pd.read_parquet(stage_file(run_dir, "predictions.parquet"))
-    levels = score_levels(predictions, json.loads(stage_file(run_dir, "model/model.json").read_text()), **options)
+    levels = score_levels(predictions, **options)
     metrics = level_metrics(levels, **boot)
     save_table(metrics, run_dir / "metrics.csv")
     tables = {

@@ -280,17 +280,13 @@ def load_inputs(
 ) -> tuple:  # network in evaluation mode, (n, c, H, W) float32 tensor
     "The trained network and its input for some slices."
     import torch
-    from safetensors.torch import load_file
 
     from ich_fastai.batches import SliceBatches
-    from ich_fastai.model import build_model
+    from ich_fastai.model import load_model
 
-    config = json.loads(stage_file(run_dir, "model/model.json").read_text())
-    network = build_model(config["arch"], config["n_in"])
-    network.load_state_dict(load_file(Path(run_dir) / "model" / "weights.safetensors"))
-    how = {name: config[name] for name in ("image_size", "windows", "neighbors")}
-    batches = SliceBatches(cohort, Path(run_dir) / "cache", batch_size=16, train=False, **how)
-    return network.eval(), torch.cat([x for x, _ in batches])
+    model = load_model(stage_file(run_dir, "model/model.json").parent, "cpu")
+    batches = SliceBatches(cohort, Path(run_dir) / "cache", model.settings, train=False)
+    return model.network, torch.cat([x for x, _ in batches])
 
 # %% ../nbs/23_explain.ipynb #23-031
 def brain_center(
@@ -417,7 +413,7 @@ def explain(
     predictions = pd.read_parquet(stage_file(run_dir, "predictions.parquet"))
     model = json.loads(stage_file(run_dir, "model/model.json").read_text())
     cohort = pd.read_parquet(stage_file(run_dir, "cohort.parquet")).set_index("SOPInstanceUID", drop=False)
-    levels, note = score_levels(predictions, model, seed=seed), data_note(data_dir)
+    levels, note = score_levels(predictions, seed=seed), data_note(data_dir)
     tables = _make_tables(run_dir, data_dir, predictions, levels, cohort, boot)
     for name, table in tables.items():
         save_table(table, run_dir / "tables" / f"{name}.csv")

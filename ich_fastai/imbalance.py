@@ -32,7 +32,7 @@ def read_arms(
     for folder in (run_dir, *sorted(p.parent for p in (run_dir / "arms").glob("*/predictions.parquet"))):
         model = json.loads(stage_file(folder, "model/model.json").read_text())
         predictions = pd.read_parquet(stage_file(folder, "predictions.parquet")).set_index("SOPInstanceUID", drop=False)
-        arm = "{balance}+{class_weights}".format(**model["training"])
+        arm = "{balance}+{class_weights}".format(**model["settings"])
         ids = predictions.index if ids is None else ids
         if arm not in arms and set(predictions.index) != set(ids):
             raise InputError(
@@ -86,11 +86,11 @@ def run_study(
     y, (patient, ids) = first[list(LABELS)].to_numpy(np.int64), pd.factorize(first["PatientID"])
     weights = resample_patients(len(ids), n_boot if len(ids) > 1 else 0, seed)
     values, corrected = {}, []
-    for arm, (predictions, model) in arms.items():
+    for arm, (predictions, _) in arms.items():
         logits = predictions[[f"logit_{label}" for label in LABELS]].to_numpy(np.float64)
         values[arm, "raw"] = values[arm, "corrected"] = measure(y, expit(logits), patient, weights)
-        if (predictions["keep_rate"].fillna(1) < 1).any() or model["training"].get("pos_weight"):
-            values[arm, "corrected"] = measure(y, expit(correct_logits(predictions, model)), patient, weights)
+        if (predictions["keep_rate"].fillna(1) < 1).any():
+            values[arm, "corrected"] = measure(y, expit(correct_logits(predictions)), patient, weights)
             corrected.append(arm)
     return Study(y, patient, values, tuple(corrected))
 
@@ -236,7 +236,7 @@ def describe_study(
             f"The prior correction of {arm}: {say_row(rows[arm, 'corrected', 'raw'].loc[('all', 'weighted_log_loss')], 'weighted log loss')}."
         )
     if not study.corrected:
-        lines.append("No arm was undersampled or trained with pos_weight: there is nothing to correct.")
+        lines.append("No arm was undersampled: there is nothing to correct.")
     return lines + _count_findings(differences[differences["minus"] == reference])
 
 # %% ../nbs/24_imbalance.ipynb #24-028

@@ -72,8 +72,8 @@ def predict_logits(
     "What the network says of each slice."
     outputs = [np.empty((0, len(LABELS)))]
     for start in range(0, len(neighbors), batch_size):
-        x = resize_hu(torch.from_numpy(hu[neighbors[start : start + batch_size]]), model.config["image_size"])
-        x = to_input(x.to(model.device), model.config["windows"])
+        x = resize_hu(torch.from_numpy(hu[neighbors[start : start + batch_size]]), model.settings.image_size)
+        x = to_input(x.to(model.device), model.settings.windows)
         outputs.append(model.network(x.contiguous(memory_format=torch.channels_last)).double().cpu().numpy())
     return np.concatenate(outputs)
 
@@ -84,7 +84,7 @@ def apply_corrections(
     study: np.ndarray | None = None,  # (n,) int, number of each slice's study from 0 on
 ) -> np.ndarray:  # (n, 6) float64 probabilities on the natural mix; with `study`, a row per study
     "Calibrated probabilities of new slices, or of studies from the largest of their slices, as notebook 22 evaluates them."
-    x = to_logits(logits, corrections.get("keep_rate", 1.0), corrections.get("pos_weight"))
+    x = to_logits(logits, corrections.get("keep_rate", 1.0))
     if study is not None:
         x = pd.DataFrame(x).groupby(study).max().to_numpy()
     fitted = corrections.get("calibration" if study is None else "study_calibration") or {
@@ -102,7 +102,7 @@ def predict_series(
     paths = dicom if isinstance(dicom, list) else list_study(dicom)
     if not paths:
         raise InputError("no files: give at least one DICOM file")
-    hu, table = read_study(paths, model.config["cache_size"])
+    hu, table = read_study(paths, model.card["cache_size"])
     if not len(hu):
         raise InputError(
             f"none of the {len(table)} files is a readable CT slice, e.g. {table['file'].iloc[0]}: {table['error'].iloc[0]}"
@@ -110,8 +110,8 @@ def predict_series(
     good = table[table["error"].isna()]
     good = good.assign(shard=good["index"] // SHARD_ROWS, row=good["index"] % SHARD_ROWS)
     around = find_neighbors(good).loc[good["SOPInstanceUID"]]
-    logits = predict_logits(model, hu, input_addresses(around, model.config["neighbors"]))
-    p = apply_corrections(logits, model.config["corrections"])
+    logits = predict_logits(model, hu, input_addresses(around, model.settings.neighbors))
+    p = apply_corrections(logits, model.card["corrections"])
     columns = ["file", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "z_mm", *LABELS, *LOGITS, "error"]
     good = pd.concat(
         [good.reset_index(drop=True), pd.DataFrame(p, columns=LABELS), pd.DataFrame(logits, columns=LOGITS)], axis=1
@@ -209,7 +209,7 @@ def ich_predict(
     loaded = load_model(model, device or None)
     slices = predict_series(loaded, dicom)
     save_table(slices, out)
-    print(summarize_studies(slices, loaded.config).round(3).to_string(line_width=80))
+    print(summarize_studies(slices, loaded.card).round(3).to_string(line_width=80))
     errors = slices["error"].dropna()
     print(
         f"\n{len(slices):,} files, {len(errors):,} not usable; written to {out}. Not a medical device: for research and teaching only."

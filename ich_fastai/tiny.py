@@ -10,12 +10,13 @@ import json
 import shutil
 from pathlib import Path
 
-from .core import project_dir
+from .core import project_dir, read_stage
 from .labels import find_dataset, read_labels, tabulate_labels
 from .head import VERSION
 from .phantom import is_phantom, make_phantom
 from .ingest import ingest
 from .cohort import make_cohort
+from .batches import Settings
 from .train import fit
 
 # %% ../nbs/90_tiny.ipynb #90-006
@@ -69,6 +70,7 @@ def tiny_run() -> Path:  # run_dir
 
     run_dir = tiny_cohort()
     with FileLock(run_dir / ".train.lock"):
-        if not (run_dir / "predictions.parquet").exists():
-            fit(run_dir, arch="resnet10t", image_size=64, epochs=2)
+        done = (run_dir / "predictions.parquet").exists()
+        if not done or "settings" not in read_stage(run_dir, "model/model.json"):  # of an earlier version
+            fit(run_dir, Settings(image_size=64, epochs=2))
     return run_dir

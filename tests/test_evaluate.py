@@ -176,7 +176,7 @@ def test_no_slice_or_study_is_scored_by_a_fit_to_its_own_patient(folds):
     )
 
     def score(y):
-        return score_levels(predictions.assign(**dict(zip(LABELS, y.T, strict=True))), {"training": {"folds": []}})
+        return score_levels(predictions.assign(**dict(zip(LABELS, y.T, strict=True))))
 
     ours = score(y)
     for level, d in ours.items():
@@ -193,20 +193,15 @@ def test_no_slice_or_study_is_scored_by_a_fit_to_its_own_patient(folds):
             assert (other["p"][~here] != d["p"][~here]).any()
 
 
-def test_each_fold_has_its_own_pos_weight_undone():
+def test_each_fold_has_its_own_undersampling_undone():
     rng = np.random.default_rng(0)
     x, keep_rate, fold = rng.normal(size=(40, 6)), np.repeat([0.3, 0.6], 20), np.repeat([4, 1], 20)
-    weights = {4: rng.uniform(1, 9, 6), 1: rng.uniform(1, 9, 6)}
     p = expit(np.c_[x[:, :5], x.max(1) + 1])
     sampled = p / (p[:, -1:] + keep_rate[:, None] * (1 - p[:, -1:]))
-    logits = logit(sampled) + np.log([weights[f] for f in fold])
-    predictions = pd.DataFrame(logits, columns=[f"logit_{label}" for label in LABELS]).assign(
+    predictions = pd.DataFrame(logit(sampled), columns=[f"logit_{label}" for label in LABELS]).assign(
         fold=fold, keep_rate=keep_rate
     )
-    folds = [{"fold": f, "pos_weight": dict(zip(LABELS, w, strict=True))} for f, w in weights.items()]
-    assert expit(
-        correct_logits(predictions, {"training": {"pos_weight": list(weights[4]), "folds": folds}})
-    ) == pytest.approx(p, abs=1e-12)
+    assert expit(correct_logits(predictions)) == pytest.approx(p, abs=1e-12)
 
 
 def test_shares_and_differences_say_what_they_cannot():
@@ -369,9 +364,9 @@ def simulated_run(tmp_path_factory):
 def write_predictions(run_dir, rows, folds):
     "predictions.parquet and a trained-looking, untrained model of these cohort rows."
     import torch
-    from safetensors.torch import save_file
 
-    from ich_fastai.model import build_model
+    from ich_fastai.batches import Settings, named_windows
+    from ich_fastai.model import build_model, make_card, save_model
 
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -380,21 +375,12 @@ def write_predictions(run_dir, rows, folds):
     ids.assign(
         **{f"logit_{label}": logits[:, k].astype("float32") for k, label in enumerate(LABELS)}, keep_rate=0.4
     ).to_parquet(run_dir / "predictions.parquet")
-    training = {"pos_weight": None, "folds": [{"fold": int(f), "keep_rate": 0.4} for f in folds]}
-    model = {
-        "arch": "resnet10t",
-        "n_in": 3,
-        "cache_size": 256,
-        "image_size": 96,
-        "windows": {"brain": [40, 80]},
-        "neighbors": 1,
-        "training": training,
-        "corrections": {},
-        "thresholds": {},
-    }
-    (run_dir / "model").mkdir(exist_ok=True)
-    (run_dir / "model" / "model.json").write_text(json.dumps(model))
-    save_file(build_model("resnet10t", 3).state_dict(), run_dir / "model" / "weights.safetensors")
+    card = make_card(
+        Settings(image_size=96, windows=named_windows(["brain"])),
+        256,
+        [{"fold": int(f), "keep_rate": 0.4} for f in folds],
+    )
+    save_model(build_model("resnet10t", 3), card, run_dir / "model")
 
 
 def test_the_stage_writes_its_files(simulated_run):

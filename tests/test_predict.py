@@ -31,7 +31,7 @@ def test_a_studys_probability_is_the_one_that_was_evaluated(trained):
         json.loads((trained / "model" / "model.json").read_text()),
         pd.read_parquet(trained / "predictions.parquet"),
     )
-    study = score_levels(predictions, config, sensitivity=0.9, coverage=0.9)["study"]
+    study = score_levels(predictions, sensitivity=0.9, coverage=0.9)["study"]
     fitted = config["corrections"]["study_calibration"]
     slope, intercept = (np.array([fitted[label][name] for label in LABELS]) for name in ("slope", "intercept"))
     order = predictions["StudyInstanceUID"].drop_duplicates()

@@ -1,4 +1,4 @@
-"""Training: the loss by hand, held-out patients unknown to it, two processes as one, killed and resumed, and what goes wrong is said."""
+"""Training: the loss by hand, held-out patients unknown, two processes as one, killed and resumed, clear errors."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -17,15 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from ich_fastai import train
 from ich_fastai.tiny import tiny_cohort
-from ich_fastai.batches import SliceBatches, slice_loaders, training_rows
-from ich_fastai.core import InputError
+from ich_fastai.batches import Settings, SliceBatches, named_windows, slice_loaders, training_rows
+from ich_fastai.core import InputError, read_stage
 from ich_fastai.labels import LABELS
 from ich_fastai.metrics import weighted_log_loss
-from ich_fastai.model import build_model, can_reach_hub, loss_weights, make_loss, positive_weights
-from ich_fastai.train import fit, score_logits
+from ich_fastai.model import build_model, can_reach_hub, load_model, loss_weights, make_loss, share_norms
+from ich_fastai.train import fit, score_logits, train_arms
 
 LOGITS = [f"logit_{label}" for label in LABELS]
-QUICK = dict(arch="resnet10t", image_size=32, windows=["brain"], neighbors=0, batch_size=8, epochs=1, epoch_size=24)
+QUICK = Settings(image_size=32, windows=named_windows(["brain"]), neighbors=0, batch_size=8, epochs=1, epoch_size=24)
 
 
 @pytest.fixture(scope="module")
@@ -62,24 +63,30 @@ def run_script(script, *arguments, launcher=()):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
+def as_json(**changes):
+    "The quick settings with these changes, for a script."
+    return json.dumps(asdict(replace(QUICK, **changes)))
+
+
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
 def test_the_loss_is_the_formula(cohort):
     rng = np.random.default_rng(0)
     z, y = rng.normal(size=(5, 6)), rng.integers(0, 2, (5, 6))
-    w, c = loss_weights(cohort, "inverse"), positive_weights(cohort)
+    w = loss_weights(cohort, "inverse")
     n = cohort[list(LABELS)].sum()
-    assert np.allclose(w / w["any"], n["any"] / n) and np.isclose(w.mean(), 1) and np.allclose(c, (len(cohort) - n) / n)
+    assert np.allclose(w / w["any"], n["any"] / n) and np.isclose(w.mean(), 1)
     p = 1 / (1 + np.exp(-z))
     logits, labels = torch.tensor(z, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
     expected = -(w.to_numpy() * (y * np.log(p) + (1 - y) * np.log(1 - p))).mean()
     assert np.isclose(make_loss(w)(logits, labels).item(), expected, rtol=1e-5)
-    expected = -(w.to_numpy() * (c.to_numpy() * y * np.log(p) + (1 - y) * np.log(1 - p))).mean()
-    assert np.isclose(make_loss(w, c)(logits, labels).item(), expected, rtol=1e-5)
     competition = make_loss(loss_weights(cohort, "competition"))(logits, labels).item()
     assert np.isclose(competition, weighted_log_loss(y, p), rtol=1e-5)
 
 
 def test_nothing_of_the_held_out_fold_reaches_the_weights(cohort, tmp_path):
-    "Other labels and other pixels in the held-out fold: the same network, normalization, loss weights and share kept; only its scores differ."
+    "Other labels and pixels in the held-out fold: the same network, loss weights and share kept; only scores differ."
     other = cohort.copy()
     held_out = other["fold"] == 0
     other.loc[held_out, list(LABELS)] = 1 - other.loc[held_out, list(LABELS)]
@@ -89,67 +96,68 @@ def test_nothing_of_the_held_out_fold_reaches_the_weights(cohort, tmp_path):
         pixels = np.load(path)
         pixels[rows["row"]] = 3000 - pixels[rows["row"]]
         np.save(path, pixels)
-    tables = [fit(run_dir, pos_weight=True, **QUICK) for run_dir in runs]
+    tables = [fit(run_dir, QUICK) for run_dir in runs]
     assert same_weights(*runs)
-    models = [json.loads((run_dir / "model" / "model.json").read_text()) for run_dir in runs]
-    assert models[0] == models[1] and models[0]["training"]["folds"][0]["slices"] == len(
-        training_rows(cohort, 0, "undersample")[0]
-    )
-    assert (
-        not np.allclose(tables[0][LOGITS], tables[1][LOGITS])
-        and (history_of(runs[0])["valid_loss"] != history_of(runs[1])["valid_loss"]).all()
-    )
+    cards = [read_stage(run_dir, "model/model.json") for run_dir in runs]
+    n = len(training_rows(cohort, 0, "undersample")[0])
+    assert cards[0] == cards[1] and cards[0]["training"]["folds"][0]["slices"] == n
+    assert not np.allclose(tables[0][LOGITS], tables[1][LOGITS])
+    assert (history_of(runs[0])["valid_loss"] != history_of(runs[1])["valid_loss"]).all()
 
 
 @pytest.fixture(scope="module")
-def averaged(cohort, tmp_path_factory):
-    "A training with all options on, two folds: run folder and predictions."
-    run_dir = run_folder(tmp_path_factory.mktemp("averaged") / "run", cohort)
-    return run_dir, fit(
-        run_dir, arm="none+competition", pos_weight=True, ema=0.9, folds=[0, 2], **QUICK | {"epochs": 2}
-    )
+def trained(cohort, tmp_path_factory):
+    "A training of two folds for two epochs, as the competition weighted: run folder, settings and predictions."
+    run_dir = run_folder(tmp_path_factory.mktemp("trained") / "run", cohort)
+    settings = replace(QUICK, epochs=2).with_arm("none+competition")
+    return run_dir, settings, fit(run_dir, settings, folds=[0, 2])
 
 
-def test_predictions_are_the_saved_network_on_untouched_held_out_slices(averaged, cohort):
-    run_dir, predictions = averaged
-    assert (
-        predictions["SOPInstanceUID"].tolist()
-        == pd.concat([cohort[cohort["fold"] == k] for k in (0, 2)])["SOPInstanceUID"].tolist()
-    )
+def test_predictions_are_the_saved_network_on_untouched_held_out_slices(trained, cohort):
+    run_dir, settings, predictions = trained
+    held_out = pd.concat([cohort[cohort["fold"] == k] for k in (0, 2)])
+    assert predictions["SOPInstanceUID"].tolist() == held_out["SOPInstanceUID"].tolist()
     assert pd.read_parquet(run_dir / "predictions.parquet").equals(predictions)
-    config = json.loads((run_dir / "model" / "model.json").read_text())
-    model = build_model(config["arch"], config["n_in"]).eval()
-    model.load_state_dict(weights_of(run_dir))
-    keys = ("image_size", "windows", "neighbors")
-    plain = SliceBatches(
-        cohort[cohort["fold"] == 0], run_dir / "cache", train=False, batch_size=8, **{k: config[k] for k in keys}
-    )
+    model = load_model(run_dir / "model", "cpu")
+    assert model.settings == settings and Settings(**model.card["settings"]) == settings
+    plain = SliceBatches(cohort[cohort["fold"] == 0], run_dir / "cache", model.settings, train=False)
     with torch.no_grad():
-        logits = torch.cat([model(x) for x, _ in plain]).numpy()
+        logits = torch.cat([model.network(x) for x, _ in plain]).numpy()
     assert np.allclose(logits, predictions.loc[predictions["fold"] == 0, LOGITS], atol=1e-4)
 
 
-def test_what_was_done_is_written_down(averaged, cohort):
-    run_dir, _ = averaged
-    training = json.loads((run_dir / "model" / "model.json").read_text())["training"]
-    rows = training_rows(cohort, 0, "none")[0]
-    assert np.allclose(training["pos_weight"], positive_weights(rows), atol=1e-5) and training["ema"] == 0.9
-    assert (
-        [f["fold"] for f in training["folds"]] == [0, 2]
-        and training["folds"][0]["images_seen"] == 48
-        and training["folds"][0]["keep_rate"] == 1
-    )
+def test_what_was_done_is_written_down(trained, cohort):
+    run_dir, settings, _ = trained
+    card = read_stage(run_dir, "model/model.json")
+    facts, rows = card["training"]["folds"], training_rows(cohort, 0, "none")[0]
+    assert json.loads(json.dumps(asdict(settings))) == card["settings"] and card["n_in"] == 1
+    assert [f["fold"] for f in facts] == [0, 2] and facts[0]["images_seen"] == 48 and facts[0]["keep_rate"] == 1
+    assert facts[0]["slices"] == len(rows) and facts[0]["loss_weights"]["any"] == pytest.approx(2 * 6 / 7, abs=1e-6)
     assert not (run_dir / "model" / "checkpoints").exists()
     assert history_of(run_dir)[["fold", "epoch"]].to_numpy().tolist() == [[0, 1], [0, 2], [2, 1], [2, 2]]
 
 
-def test_the_average_of_weights_is_another_network_than_the_last(averaged, cohort, tmp_path):
-    last = run_folder(tmp_path / "last", cohort)
-    fit(last, arm="none+competition", pos_weight=True, **QUICK | {"epochs": 2})
-    assert not same_weights(averaged[0], last)
-    assert (
-        history_of(last)["train_loss"].tolist() == history_of(averaged[0]).query("fold == 0")["train_loss"].tolist()
-    ), "trained alike"
+def test_a_model_folder_of_the_former_layout_is_refused_in_one_line(trained, tmp_path):
+    shutil.copytree(trained[0] / "model", tmp_path / "model")
+    card = json.loads((tmp_path / "model" / "model.json").read_text())
+    (tmp_path / "model" / "model.json").write_text(json.dumps(card.pop("settings") | card))
+    with pytest.raises(InputError, match="not a model of this version .*train again") as error:
+        load_model(tmp_path / "model", "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_all_arms_are_trained_drawn_and_stale_ones_removed(cohort, tmp_path):
+    run_dir = run_folder(tmp_path / "run", cohort)
+    (run_dir / "arms" / "undersample+inverse").mkdir(
+        parents=True
+    )  # of an earlier run, in which it was not the main one
+    (run_dir / "arms" / "none+inverse").mkdir()
+    tables = train_arms(run_dir, QUICK, ["undersample+inverse", "none+competition"])
+    assert [p.name for p in (run_dir / "arms").iterdir()] == ["none+competition"]
+    assert (run_dir / "figures" / "loss.svg").is_file() and len(tables) == 2
+    for arm, folder in (("undersample+inverse", run_dir), ("none+competition", run_dir / "arms" / "none+competition")):
+        assert Settings(**read_stage(folder, "model/model.json")["settings"]).arm == arm
+        assert read_stage(folder, "predictions.parquet").equals(tables[arm])
 
 
 EXACT = """
@@ -159,32 +167,34 @@ from ich_fastai import train
 if __name__ == "__main__":
     build_model = train.build_model
 
-    def exact(*args, **kwargs):
-        model = build_model(*args, **kwargs)
-        for module in model.modules():
+    def exact(*args):
+        network = build_model(*args)
+        for module in network.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        model.register_forward_pre_hook(lambda module, args: (args[0].double(),))
-        return model.double()
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.BatchNorm1d):
+                    setattr(module, name, torch.nn.LayerNorm(child.num_features))
+        network.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+        return network.double()
 
     train.build_model = exact
-    train.fit(sys.argv[1], **json.loads(sys.argv[2]))
-    _, rank, processes = train.find_place()
-    print(f"process {rank} of {processes}")
+    train.fit(sys.argv[1], train.Settings(**json.loads(sys.argv[2])))
+    place = train.find_place()
+    print(f"process {place.rank} of {place.processes}")
 """
 
 
 def test_two_processes_train_and_predict_as_one(cohort, tmp_path, monkeypatch):
-    "20 steps, one an epoch so that each loss is on record. In float64, for Adam makes much of a rounded zero; dropout, which each process draws for itself, is off."
+    """20 steps, one an epoch so that each loss is on record, of a network with layer norms alone. In float64, for Adam
+    makes much of a rounded zero; dropout, which each process draws for itself, is off."""
     script = tmp_path / "train.py"
     script.write_text(EXACT)
     held_out = cohort[cohort["fold"] == 0].head(17)  # an odd number: the last share is padded
     few = pd.concat([held_out, cohort[cohort["fold"] != 0]], ignore_index=True)
     one, two = (run_folder(tmp_path / name, few) for name in ("one", "two"))
-    options = json.dumps(QUICK | {"batch_size": 16, "epochs": 20, "epoch_size": 16, "lr": 1e-3})
-    done = run_script(
-        script, two, options, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    )
+    options = as_json(arch="convnext_atto", batch_size=16, epochs=20, epoch_size=16, lr=1e-3)
+    done = run_script(script, two, options, launcher=TWO_PROCESSES)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {"process 0 of 2", "process 1 of 2"} == set(done.stdout.splitlines())
     monkeypatch.setattr(train, "build_model", build_model)  # taken back after the script has changed it
@@ -195,6 +205,16 @@ def test_two_processes_train_and_predict_as_one(cohort, tmp_path, monkeypatch):
     one, two = (pd.read_parquet(run_dir / "predictions.parquet") for run_dir in (one, two))
     assert two["SOPInstanceUID"].tolist() == one["SOPInstanceUID"].tolist() == held_out["SOPInstanceUID"].tolist()
     assert np.allclose(one[LOGITS], two[LOGITS], atol=1e-4)
+
+
+def test_several_processes_on_cpus_are_refused_with_batch_norm(cohort, tmp_path):
+    (tmp_path / "fit.py").write_text(FIT)
+    run_dir = run_folder(tmp_path / "run", cohort)
+    done = run_script(tmp_path / "fit.py", run_dir, as_json(), launcher=TWO_PROCESSES)
+    assert done.returncode and "batch norm cannot be shared" in done.stderr and not (run_dir / "model").exists()
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    with pytest.raises(InputError, match="start one"):
+        share_norms(network, torch.device("cpu"))
 
 
 FIT = """
@@ -209,13 +229,13 @@ def write_and_die(self):
 
 if sys.argv[3:] == ["die"]:
     train.Checkpoint.after_validate = write_and_die
-train.fit(sys.argv[1], **json.loads(sys.argv[2]))
+train.fit(sys.argv[1], train.Settings(**json.loads(sys.argv[2])))
 """
 
 
 def test_killed_after_an_epoch_and_resumed_ends_as_if_uninterrupted(cohort, tmp_path):
     (tmp_path / "fit.py").write_text(FIT)
-    options = json.dumps(QUICK | {"epochs": 3, "ema": 0.9})
+    options = as_json(epochs=3)
     whole, killed = (run_folder(tmp_path / name, cohort) for name in ("whole", "killed"))
     done = run_script(tmp_path / "fit.py", killed, options, "die")
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
@@ -237,17 +257,17 @@ def test_killed_after_an_epoch_and_resumed_ends_as_if_uninterrupted(cohort, tmp_
 
 @pytest.mark.parametrize("lr", [3e-3, 0.1])
 def test_broken_off_here_it_is_the_same_bit_for_bit_and_other_settings_start_anew(cohort, tmp_path, monkeypatch, lr):
-    options = QUICK | {"epochs": 2}
+    settings = replace(QUICK, epochs=2)
     whole, resumed = (run_folder(tmp_path / name, cohort) for name in ("whole", "resumed"))
-    fit(whole, **options)
+    fit(whole, settings)
     write = train.Checkpoint.after_validate
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
             train.Checkpoint, "after_validate", lambda self: (write(self), signal.raise_signal(signal.SIGINT))
         )
-        fit(resumed, **options | {"lr": lr})
+        fit(resumed, replace(settings, lr=lr))
     first = torch.load(resumed / "model" / "checkpoints" / "fold-0.pt", weights_only=True)["history"][0]["seconds"]
-    fit(resumed, **options)
+    fit(resumed, settings)
     assert (history_of(resumed)["seconds"][0] == first) == (lr == 3e-3) and same_weights(whole, resumed)
 
 
@@ -255,21 +275,10 @@ def test_a_loss_that_is_not_finite_names_its_batch(cohort, tmp_path, monkeypatch
     steps = iter([1.0, float("nan"), 1.0])
     monkeypatch.setattr(train, "make_loss", lambda *a: lambda logits, y: logits.mean() * next(steps))
     run_dir = run_folder(tmp_path / "run", cohort)
-    loader = slice_loaders(
-        cohort,
-        run_dir / "cache",
-        0,
-        image_size=32,
-        windows={"brain": (40, 80)},
-        neighbors=0,
-        batch_size=8,
-        epoch_size=24,
-    ).train
-    with pytest.raises(
-        InputError,
-        match="not finite in epoch 1, batch 2 of 3, with the slices " + ", ".join(loader.ids[loader.rows()[1]][:3]),
-    ) as error:
-        fit(run_dir, **QUICK)
+    loader = slice_loaders(cohort, run_dir / "cache", 0, QUICK).train
+    message = "not finite in epoch 1, batch 2 of 3, with the slices " + ", ".join(loader.ids[loader.rows()[1]][:3])
+    with pytest.raises(InputError, match=message) as error:
+        fit(run_dir, QUICK)
     assert "\n" not in str(error.value) and not (run_dir / "predictions.parquet").exists()
 
 
@@ -279,7 +288,7 @@ def test_out_of_memory_names_batch_and_image_size(cohort, tmp_path, monkeypatch)
 
     monkeypatch.setattr(train, "make_loss", lambda *a: no_memory)
     with pytest.raises(InputError, match="batch_size=8, image_size=32: lower one of them"):
-        fit(run_folder(tmp_path / "run", cohort), **QUICK)
+        fit(run_folder(tmp_path / "run", cohort), QUICK)
 
 
 def test_pretrained_weights_that_cannot_be_had_are_one_message(monkeypatch):
@@ -287,8 +296,8 @@ def test_pretrained_weights_that_cannot_be_had_are_one_message(monkeypatch):
 
     monkeypatch.setattr("ich_fastai.model.can_reach_hub", lambda: False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="weights=FILE, or pretrained=False") as error:
-        build_model("resnet26t", 3, pretrained=True)
+    with pytest.raises(InputError, match="give pretrained_from a file, or leave it empty") as error:
+        build_model("resnet26t", 3, "hub")
     assert "\n" not in str(error.value) and constants.HF_HUB_OFFLINE
 
 
@@ -305,7 +314,7 @@ def test_weights_from_a_file_start_the_backbone_and_fit_any_number_of_channels(t
 
     state = timm.create_model("resnet10t").state_dict()
     save_file(state, tmp_path / "weights.safetensors")
-    mine = build_model("resnet10t", 9, weights=str(tmp_path / "weights.safetensors")).state_dict()
+    mine = build_model("resnet10t", 9, str(tmp_path / "weights.safetensors")).state_dict()
     backbone = {k.removeprefix("0.model."): v for k, v in mine.items() if k.startswith("0.model.")}
     first = "conv1.0.weight"
     assert backbone[first].shape[1] == 9 and torch.allclose(backbone[first].sum(1), state[first].sum(1), atol=1e-5)
@@ -316,16 +325,13 @@ def test_weights_from_a_file_start_the_backbone_and_fit_any_number_of_channels(t
     "call, message",
     [
         (lambda f: build_model("resnet1", 3), "arch=resnet1: timm has no such model; try .*resnet1[08]"),
-        (lambda f: build_model("resnet10t", 3, weights=str(f / "none.pth")), "none.pth: no such file"),
-        (
-            lambda f: build_model("resnet10t", 3, weights=str(f / "other.pth")),
-            "other.pth: holds no weights of resnet10t",
-        ),
-        (lambda f: fit(f / "run", **QUICK | {"epochs": 0}), "epochs=0"),
-        (lambda f: fit(f / "run", folds=[9], **QUICK), r"folds=\[9\]"),
-        (lambda f: fit(f / "run", arm="undersample", **QUICK), "arm undersample: must be"),
-        (lambda f: fit(f / "run", **QUICK | {"batch_size": 1}), "batch_size=1: batch norm needs 2"),
-        (lambda f: loss_weights(pd.DataFrame(), "squared"), "class_weights=squared"),
+        (lambda f: build_model("resnet10t", 3, str(f / "none.pth")), "pretrained_from=.*none.pth: no such file"),
+        (lambda f: build_model("resnet10t", 3, str(f / "other.pth")), "other.pth: holds no weights of resnet10t"),
+        (lambda f: fit(f / "run", replace(QUICK, pretrained_from="imagenet")), "pretrained_from=imagenet: no such"),
+        (lambda f: fit(f / "run", QUICK, folds=[9]), r"folds=\[9\]: must be some of"),
+        (lambda f: fit(f / "run", QUICK, folds=[0, 0]), "each once"),
+        (lambda f: train_arms(f / "run", QUICK, []), r"arms=\[\]: must hold one or more"),
+        (lambda f: train_arms(f / "run", QUICK, ["none+none", "undersample"]), "arm undersample: must be"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(cohort, tmp_path, call, message):
@@ -340,11 +346,9 @@ def test_a_class_without_a_positive_has_no_auc_and_spoils_nothing(cohort, tmp_pa
     y, z = np.zeros((6, 6)), np.arange(36.0).reshape(6, 6)
     y[3:, [1, 5]] = 1
     y[:, 2] = 1
-    assert score_logits(y, z) == {"auc_any": 1.0, "auc_subtypes": 1.0} and score_logits(y[:1], z[:1]) == {
-        "auc_any": None,
-        "auc_subtypes": None,
-    }
+    assert score_logits(y, z) == {"auc_any": 1.0, "auc_subtypes": 1.0}
+    assert score_logits(y[:1], z[:1]) == {"auc_any": None, "auc_subtypes": None}
     run_dir = run_folder(tmp_path / "run", cohort.assign(**dict.fromkeys(LABELS, 0), in_sample=False))
-    predictions = fit(run_dir, pos_weight=True, **QUICK)
+    predictions = fit(run_dir, QUICK)
     assert np.isfinite(predictions[LOGITS]).all().all() and history_of(run_dir)["auc_any"].isna().all()
     assert np.isfinite(history_of(run_dir)[["train_loss", "valid_loss"]]).all().all()
