@@ -1,11 +1,18 @@
 """Fixtures that several test files share."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from ich_fastai.calibrate import LOGITS
+from ich_fastai.labels import LABELS
+from ich_fastai.tiny import tiny_cohort
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -51,3 +58,58 @@ def tiny_run(command, tmp_path_factory):
     done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return run_dir, done
+
+
+@pytest.fixture(scope="module")
+def simulated_run(tmp_path_factory):
+    "A run folder of the tiny cohort with simulated predictions for two folds: no training needed."
+    run_dir = tmp_path_factory.mktemp("simulated")
+    for name in ("labels.parquet", "slices.parquet", "cohort.parquet", "cache"):
+        source = tiny_cohort() / name
+        shutil.copytree(source, run_dir / name) if source.is_dir() else shutil.copy(source, run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def write_predictions():
+    "write_predictions(run_dir, cohort rows, folds): predictions.parquet and a trained-looking, untrained model."
+    return _write_predictions
+
+
+def _write_predictions(run_dir, rows, folds):
+    import torch
+    from safetensors.torch import save_file
+
+    from ich_fastai.model import build_model
+
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    ids = rows[["SOPInstanceUID", "PatientID", "StudyInstanceUID", "fold", *LABELS]].reset_index(drop=True)
+    logits = 2 * rows[list(LABELS)].to_numpy(float) - 1 + rng.normal(size=(len(rows), 6))
+    ids = ids.assign(**dict(zip(LOGITS, logits.astype("float32").T, strict=True)), keep_rate=0.4)
+    ids.to_parquet(run_dir / "predictions.parquet")
+    training = {"folds": [{"fold": int(f), "keep_rate": 0.4} for f in folds]}
+    model = {
+        "arch": "resnet10t",
+        "n_in": 3,
+        "cache_size": 256,
+        "image_size": 96,
+        "windows": {"brain": [40, 80]},
+        "neighbors": 1,
+        "training": training,
+        "corrections": {},
+        "thresholds": {},
+    }
+    (run_dir / "model").mkdir(exist_ok=True)
+    (run_dir / "model" / "model.json").write_text(json.dumps(model))
+    save_file(build_model("resnet10t", 3).state_dict(), run_dir / "model" / "weights.safetensors")
+
+
+@pytest.fixture(scope="session")
+def too_little():
+    "too_little(cohort, which): rows of it on which next to nothing can be computed."
+    return lambda cohort, which: {
+        "no positive": cohort[(cohort["fold"] == 0) & (cohort["any"] == 0)],
+        "one patient": cohort[cohort["PatientID"] == cohort["PatientID"].iloc[0]],
+        "one slice": cohort.head(1),
+    }[which]
