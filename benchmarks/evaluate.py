@@ -1,8 +1,9 @@
-"""Metrics with patient-bootstrap intervals against a loop over scikit-learn: speed, memory, the whole RSNA set, and whether the intervals hold what they promise.
+"""Metrics with patient-bootstrap intervals against a loop over scikit-learn: speed, memory, and whether they cover.
 
 python benchmarks/evaluate.py [SECTION ...] [--slices 100000] [--resamples 1000] [--datasets 600] [--patients 400]
 
-Sections: speed memory whole study coverage (all by default). Simulated labels with RSNA's prevalences, 39.5 slices a patient, one core.
+Sections: speed memory whole study coverage (all by default). Simulated labels with RSNA's prevalences,
+39.5 slices a patient, one core.
 The loop would take hours, so a few of its resamples are timed, in turn with ours, and the rest is extrapolated.
 """
 
@@ -19,10 +20,11 @@ for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit, logit
+from scipy.special import logit
 
+from ich_fastai.calibrate import LOGITS
 from ich_fastai.labels import LABELS, class_balance, read_combinations
-from ich_fastai.metrics import find_interval, log_losses, metrics_table, patient_sums, rank_metrics, resample_patients
+from ich_fastai.metrics import draw_patients, find_estimate, mean_metrics, metrics_table, rank_metrics, simulate_scores
 
 SECTIONS = ("speed", "memory", "whole", "study", "coverage")
 SLICES_PER_PATIENT = 674_258 / 17_079
@@ -34,20 +36,15 @@ def use_one_core():
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def draw_slices(n, seed=0):
-    "Labels, probabilities and patients of n slices; no patient is without one."
-    rng = np.random.default_rng(seed)
-    n_patients = max(2, round(n / SLICES_PER_PATIENT))
-    patient = np.r_[np.arange(n_patients), rng.integers(n_patients, size=n - n_patients)]
+def simulate_rsna(n):
+    "Labels, probabilities and patients of n slices with RSNA's prevalences."
     prevalence = class_balance(read_combinations())["p"].to_numpy()
-    y = (rng.random((n, len(LABELS))) < prevalence).astype(int)
-    x = rng.normal(size=y.shape) + rng.normal(0, 0.5, n_patients)[patient][:, None] + 2.5 * y + logit(prevalence) - 1
-    return y, expit(x), patient
+    return simulate_scores(n, max(2, round(n / SLICES_PER_PATIENT)), center=logit(prevalence))
 
 
 def draw_levels(n):
     "Slices, and the studies they make: the largest probability of each patient."
-    y, p, patient = draw_slices(n)
+    y, p, patient = simulate_rsna(n)
     studies = [pd.DataFrame(a).groupby(patient).max().to_numpy() for a in (y, p)]
     return {"slice": (y, p, patient), "study": (*studies, np.unique(patient))}
 
@@ -106,12 +103,10 @@ def measure_speed(options):
         seconds["loop"].append(timed(sklearn_resample, levels, rng))
     ours, one = (statistics.median(values) for values in seconds.values())
     loop = one * options.resamples
-    print(
-        f"ours, {options.resamples:,} resamples of all metrics, {len(LABELS)} labels, by slice and by study: {ours:.1f} s (claim: 20 or less)"
-    )
-    print(
-        f"loop over scikit-learn: {one:.2f} s a resample, so about {loop:,.0f} s for all (extrapolated from {len(seconds['loop'])})"
-    )
+    what = f"{options.resamples:,} resamples of all metrics, {len(LABELS)} labels, by slice and by study"
+    print(f"ours, {what}: {ours:.1f} s (claim: 20 or less)")
+    times = len(seconds["loop"])
+    print(f"loop over scikit-learn: {one:.2f} s a resample, so about {loop:,.0f} s for all (extrapolated from {times})")
     print(f"ours is {loop / ours:.0f} times as fast (claim: 20 or more)")
 
 
@@ -146,10 +141,10 @@ def measure_whole(options):
 
 
 def measure_study(options):
-    "Four arms, two of them corrected, as notebook 40 compares them."
+    "Four arms, two of them corrected, as notebook 24 compares them."
     from ich_fastai.imbalance import describe_study, difference_table, run_study, table_2
 
-    y, p, patient = draw_slices(options.slices)
+    y, p, patient = simulate_rsna(options.slices)
     rng, arms = np.random.default_rng(1), {}
     for arm, keep_rate in (
         ("undersample+inverse", 0.2),
@@ -158,45 +153,35 @@ def measure_study(options):
         ("none+none", 1.0),
     ):
         x = logit(p) + rng.normal(0, 0.3, p.shape)
-        columns = dict(zip(LABELS, y.T, strict=True)) | {f"logit_{label}": x[:, k] for k, label in enumerate(LABELS)}
-        arms[arm] = (pd.DataFrame({"PatientID": patient, "fold": 0, "keep_rate": keep_rate} | columns), {})
+        columns = dict(zip(LABELS, y.T, strict=True)) | dict(zip(LOGITS, x.T, strict=True))
+        arms[arm] = pd.DataFrame({"PatientID": patient, "fold": 0, "keep_rate": keep_rate} | columns), {}
 
     def compare():
         study = run_study(arms, n_boot=options.resamples)
         table_2(study)
         describe_study(study, difference_table(study))
 
-    print(
-        f"Table 2 with all paired differences, 4 arms, raw and corrected, {options.resamples:,} resamples: {timed(compare):.1f} s"
-    )
+    what = f"Table 2 with all paired differences, 4 arms, raw and corrected, {options.resamples:,} resamples"
+    print(f"{what}: {timed(compare):.1f} s")
 
 
-def draw_clustered(n_patients, each, seed):
-    "Slices of a patient share what the model sees and what it does not see of them; the numbers of slices differ."
-    rng = np.random.default_rng(seed)
-    patient = np.repeat(np.arange(n_patients), rng.integers(1, 2 * each, n_patients))
-    seen, hidden = rng.normal(0, 1, n_patients)[patient], rng.normal(0, 1, n_patients)[patient]
-    x = seen + rng.normal(0, 0.7, len(patient)) - 1.5
-    return (rng.random(len(patient)) < expit(x + hidden)).astype(int), expit(x), patient
-
-
-def find_both(y, p, patient, weights):
-    "AUC and log loss for every row of weights."
-    loss, n = (weights @ patient_sums(patient, log_losses(y, p), np.ones(len(y)), n_patients=weights.shape[1])).T
-    return {"AUC": rank_metrics(y, p, patient, weights, ())["auc"], "log loss": loss / n}
+def find_both(y, p, patient, draws):
+    "AUC and log loss for every draw."
+    loss = mean_metrics(y, p, patient, draws)["log_loss"]
+    return {"AUC": rank_metrics(y, p, patient, draws, ())["auc"], "log loss": loss}
 
 
 def measure_coverage(options, each=10):
     n_patients, resamples = options.patients, options.resamples
-    y, p, patient = draw_clustered(300_000, each, seed=10**6)
+    y, p, patient = simulate_scores(each * 300_000, 300_000, seed=10**6, hidden=1)
     truth = {name: values[0] for name, values in find_both(y, p, patient, np.ones((1, 300_000))).items()}
     print(f"truth, from 300,000 patients: AUC {truth['AUC']:.4f}, log loss {truth['log loss']:.4f}")
     covered = {(way, name): 0 for way in ("by patient", "by slice") for name in truth}
     for seed in range(options.datasets):
-        y, p, patient = draw_clustered(n_patients, each, seed)
+        y, p, patient = simulate_scores(each * n_patients, n_patients, seed, hidden=1)
         for way, unit in (("by patient", patient), ("by slice", np.arange(len(y)))):
-            for name, values in find_both(y, p, unit, resample_patients(unit.max() + 1, resamples, seed)).items():
-                _, low, high = find_interval(values)
+            for name, values in find_both(y, p, *draw_patients(unit, resamples, seed)).items():
+                _, low, high, _ = find_estimate(values)
                 covered[way, name] += low <= truth[name] <= high
     print(
         f"{options.datasets} datasets of {n_patients} patients with {each} slices each on average, {resamples:,} resamples:"
@@ -205,9 +190,7 @@ def measure_coverage(options, each=10):
         share = n / options.datasets
         error = 1.96 * (share * (1 - share) / options.datasets) ** 0.5
         claim = "claim: 93% to 97%" if way == "by patient" else "for comparison: too narrow"
-        print(
-            f"bootstrap {way}: the 95% interval of the {name} holds the truth in {share:.1%} +- {error:.1%} ({claim})"
-        )
+        print(f"bootstrap {way}: the interval of the {name} holds the truth in {share:.1%} +- {error:.1%} ({claim})")
 
 
 def main():

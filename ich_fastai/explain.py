@@ -16,9 +16,8 @@ import pandas as pd
 
 from .core import data_note, save_captioned, save_table, stage_file
 from .labels import LABELS, SUBTYPES
-from .metrics import mean_metrics, metric_rows, rank_metrics, resample_patients
-from .calibrate import score_levels
-from .evaluate import weighted_ratio
+from .metrics import draw_patients, mean_metrics, metric_rows, rank_metrics, weighted_ratio
+from .calibrate import Level, score_levels
 
 # %% ../nbs/23_explain.ipynb #23-008
 def slice_groups(
@@ -50,7 +49,7 @@ def slice_groups(
 
 # %% ../nbs/23_explain.ipynb #23-009
 def subgroup_table(
-    levels: dict,  # of `score_levels`
+    levels: dict[str, Level],  # of `score_levels`
     groups: dict,  # of `slice_groups`
     *,
     n_boot: int = 1000,
@@ -58,19 +57,18 @@ def subgroup_table(
 ) -> pd.DataFrame:  # group, value_of, and the columns of `metrics_table`
     "AUC, sensitivity and specificity of `any` in each group of slices."
     d = levels["slice"]
-    y, p, threshold = d["y"][:, -1], d["p"][:, -1], d["threshold"][:, -1]
+    y, p, x, threshold = d.y[:, -1], d.calibrated[:, -1], d.x[:, -1], d.threshold[:, -1]
     tables = []
     for name, values in groups.items() if np.isfinite(p).all() else ():
         for value in values.categories:
             here = (values == value) | ((y == 0) if name.endswith("*") else False)
             if not here.any():
                 continue
-            codes, ids = pd.factorize(d["patients"][here])
-            weights = resample_patients(len(ids), n_boot if len(ids) > 1 else 0, seed)
-            given = y[here], p[here], codes, weights
-            metrics = rank_metrics(*given) | mean_metrics(*given, threshold[here])
+            patient, draws = draw_patients(d.patients[here], n_boot, seed)
+            metrics = rank_metrics(y[here], x[here], patient, draws)
+            metrics |= mean_metrics(y[here], p[here], patient, draws, threshold[here])
             kept = ("auc", "sensitivity") if name.endswith("*") else ("auc", "sensitivity", "specificity")
-            rows = metric_rows("any", {m: metrics[m] for m in kept}, *given[:3])
+            rows = metric_rows("any", {m: metrics[m] for m in kept}, y[here], patient)
             tables.append(pd.DataFrame(rows).assign(group=name.rstrip("*"), value_of=value))
     columns = [
         "group",
@@ -161,18 +159,17 @@ def header_scores(
 # %% ../nbs/23_explain.ipynb #23-018
 def shortcut_table(
     scores: dict,  # name: (n,) scores of any=1
-    levels: dict,  # of `score_levels`
+    levels: dict[str, Level],  # of `score_levels`
     *,
     n_boot: int = 1000,
     seed: int = 42,
 ) -> pd.DataFrame:  # what, and the columns of `metrics_table`
     "The AUC of each score for `any`, on the same slices."
-    y, (codes, ids) = levels["slice"]["y"][:, -1], pd.factorize(levels["slice"]["patients"])
-    weights = resample_patients(len(ids), n_boot if len(ids) > 1 else 0, seed)
+    y, (patient, draws) = levels["slice"].y[:, -1], draw_patients(levels["slice"].patients, n_boot, seed)
     tables = []
     for name, p in scores.items():
-        values = rank_metrics(y, p, codes, weights)["auc"] if np.isfinite(p).all() else np.array([np.nan])
-        tables.append(pd.DataFrame(metric_rows("any", {"auc": values}, y, p, codes)).assign(what=name))
+        values = rank_metrics(y, p, patient, draws)["auc"] if np.isfinite(p).all() else np.array([np.nan])
+        tables.append(pd.DataFrame(metric_rows("any", {"auc": values}, y, patient)).assign(what=name))
     table = pd.concat(tables, ignore_index=True)
     return table[["what", *(c for c in table.columns if c != "what")]]
 
@@ -346,17 +343,12 @@ def pointing_table(
     rows = []
     for label in SUBTYPES:
         part = hits[hits["label"] == label]
-        codes, ids = pd.factorize(part["PatientID"])
-        weights = resample_patients(max(1, len(ids)), n_boot if len(ids) > 1 else 0, seed)
+        patient, draws = draw_patients(part["PatientID"], n_boot, seed)
         for who in ("cam", "center"):
-            share = weighted_ratio(
-                weights,
-                codes,
-                part[who].to_numpy(float),
-                np.ones(len(part)),
-                "undefined: no held-out slice of this type",
-            )
-            rows.append((label, {"cam": "Grad-CAM", "center": "center of the brain"}[who], *share, len(part), len(ids)))
+            hit, nothing = part[who].to_numpy(float), "undefined: no held-out slice of this type"
+            share = weighted_ratio(draws, patient, hit, np.ones(len(part)), nothing)
+            counts = len(part), part["PatientID"].nunique()
+            rows.append((label, {"cam": "Grad-CAM", "center": "center of the brain"}[who], *share, *counts))
     return pd.DataFrame(rows, columns=["label", "who", "value", "low", "high", "note", "n", "n_patients"])
 
 # %% ../nbs/23_explain.ipynb #23-037
@@ -445,13 +437,13 @@ def _make_tables(
     area = bleeding_area(data_dir, predictions["SOPInstanceUID"])
     groups = slice_groups(cohort.loc[predictions["SOPInstanceUID"]].reset_index(drop=True), area)
     scores = {
-        "network": levels["slice"]["x"][:, -1],
+        "network": levels["slice"].x[:, -1],
         "header tags alone": header_scores(slices, cohort, predictions, boot["seed"]),
     }
     tables = {
         "subgroups": subgroup_table(levels, groups, **boot),
         "shortcut": shortcut_table(scores, levels, **boot),
-        "mistakes": worst_mistakes(predictions, levels["slice"]["corrected"][:, -1]),
+        "mistakes": worst_mistakes(predictions, levels["slice"].corrected[:, -1]),
     }
     return (
         tables if area is None else tables | {"pointing": pointing_table(play_pointing_game(run_dir, data_dir), **boot)}

@@ -18,10 +18,10 @@ from scipy.special import expit
 
 from .core import InputError, data_note, save_captioned, save_table, stage_file
 from .labels import LABELS, SUBTYPES
-from .metrics import COMPETITION_WEIGHTS, calibration_slope, log_losses, mean_metrics, metric_rows
-from .metrics import patient_sums, rank_metrics, resample_patients
-from .calibrate import correct_logits
-from .evaluate import KIND_COLORS, format_interval, say_difference
+from .metrics import ESTIMATE, Estimate, calibration_slope, draw_patients, mean_metrics, metric_rows
+from .metrics import rank_metrics, say_difference, weighted_log_losses
+from .calibrate import LOGITS, correct_logits
+from .evaluate import KIND_COLORS
 
 # %% ../nbs/24_imbalance.ipynb #24-008
 def read_arms(
@@ -54,15 +54,13 @@ class Study(NamedTuple):
 def measure(
     y: np.ndarray,  # (n, 6) 0 or 1
     p: np.ndarray,  # (n, 6) probabilities
-    patient: np.ndarray,  # (n,) int, column of `weights`
-    weights: np.ndarray,  # (b, n_patients); row 0 all ones
+    patient: np.ndarray,  # (n,) int, column of `draws`
+    draws: np.ndarray,  # (b, n_patients); row 0 all ones
 ) -> dict:  # (label, metric): (b,) float64, nan where undefined
-    "Weighted log loss, and per label AUC, average precision, log loss, calibration error and slope, for every row of weights."
-    loss = patient_sums(patient, log_losses(y, p) @ COMPETITION_WEIGHTS, np.ones(len(y)), n_patients=weights.shape[1])
-    total, n = (weights @ loss).T
-    values = {("all", "weighted_log_loss"): total / n}
+    "Weighted log loss, and per label AUC, average precision, log loss, calibration error and slope, for every draw."
+    values = {("all", "weighted_log_loss"): weighted_log_losses(y, p, patient, draws)}
     for k, label in enumerate(LABELS):
-        given = y[:, k], p[:, k], patient, weights
+        given = y[:, k], p[:, k], patient, draws
         found = (
             rank_metrics(*given, specificities=())
             | mean_metrics(*given)
@@ -83,14 +81,13 @@ def run_study(
 ) -> Study:
     "Every arm, raw and corrected, on the same resamples."
     first = next(iter(arms.values()))[0]
-    y, (patient, ids) = first[list(LABELS)].to_numpy(np.int64), pd.factorize(first["PatientID"])
-    weights = resample_patients(len(ids), n_boot if len(ids) > 1 else 0, seed)
+    y, (patient, draws) = first[list(LABELS)].to_numpy(np.int64), draw_patients(first["PatientID"], n_boot, seed)
     values, corrected = {}, []
     for arm, (predictions, _) in arms.items():
-        logits = predictions[[f"logit_{label}" for label in LABELS]].to_numpy(np.float64)
-        values[arm, "raw"] = values[arm, "corrected"] = measure(y, expit(logits), patient, weights)
+        logits = predictions[LOGITS].to_numpy(np.float64)
+        values[arm, "raw"] = values[arm, "corrected"] = measure(y, expit(logits), patient, draws)
         if (predictions["keep_rate"].fillna(1) < 1).any():
-            values[arm, "corrected"] = measure(y, expit(correct_logits(predictions)), patient, weights)
+            values[arm, "corrected"] = measure(y, expit(correct_logits(predictions)), patient, draws)
             corrected.append(arm)
     return Study(y, patient, values, tuple(corrected))
 
@@ -103,7 +100,7 @@ def study_rows(
     rows = []
     for (label, metric), resampled in values.items():
         y = study.y[:, LABELS.index(label) if label in LABELS else -1]
-        rows += metric_rows(label, {metric: resampled}, y, y, study.patient)
+        rows += metric_rows(label, {metric: resampled}, y, study.patient)
     return pd.DataFrame(rows)
 
 # %% ../nbs/24_imbalance.ipynb #24-014
@@ -156,9 +153,8 @@ def difference_table(
     if not tables:
         return pd.DataFrame(columns=columns)
     table = pd.concat(tables, ignore_index=True)
-    return table.assign(
-        says=[say_difference(low, high) for low, high in zip(table["low"], table["high"], strict=True)]
-    )[columns]
+    says = [say_difference(Estimate(*row)) for row in table[ESTIMATE].itertuples(index=False)]
+    return table.assign(says=says)[columns]
 
 # %% ../nbs/24_imbalance.ipynb #24-023
 BETTER = {
@@ -181,20 +177,18 @@ def say_row(
     )
     if low is None:
         return f"{name} {value} ({row['note']})"
-    return f"{name} {say_difference(row['low'], row['high'], *BETTER[row['metric']])} ({value}, {low} to {high})"
+    return f"{name} {say_difference(Estimate(*row[ESTIMATE]), *BETTER[row['metric']])} ({value}, {low} to {high})"
 
 # %% ../nbs/24_imbalance.ipynb #24-025
 def say_labels(
     rows: pd.DataFrame,  # of `difference_table`: one metric, the five subtypes
 ) -> str:
     "Which subtypes a difference in AUC is found for."
-    says = {
-        label: say_difference(low, high, "better", "worse")
-        for label, low, high in zip(rows["label"], rows["low"], rows["high"], strict=True)
-    }
+    differences = [Estimate(*row) for row in rows[ESTIMATE].itertuples(index=False)]
+    says = {label: say_difference(d, "better", "worse") for label, d in zip(rows["label"], differences, strict=True)}
     groups = {
         word: [label for label, s in says.items() if s == word]
-        for word in ("better", "worse", "no difference", "no interval")
+        for word in ("better", "worse", "not resolved", "no interval")
     }
     return "AUC by subtype: " + "; ".join(
         f"{word} for {'all five' if len(found) == 5 else ', '.join(found)}" for word, found in groups.items() if found
@@ -284,7 +278,7 @@ def _cell(row: pd.Series) -> str:
     "The value with its interval, or why there is none."
     if pd.isna(row["value"]):
         return row["note"]
-    return format_interval(row["value"], row["low"], row["high"]) + (f" ({row['note']})" if pd.isna(row["low"]) else "")
+    return str(Estimate(*row[ESTIMATE])) + (f" ({row['note']})" if pd.isna(row["low"]) else "")
 
 # %% ../nbs/24_imbalance.ipynb #24-036
 def _draw(ax, y: float, row: pd.Series, color: str, filled: bool = True) -> None:

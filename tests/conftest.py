@@ -1,11 +1,17 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from ich_fastai.calibrate import LOGITS
+from ich_fastai.labels import LABELS
+from ich_fastai.tiny import tiny_cohort
 
 PROJECT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist keeps every core busy; more threads would only wait
@@ -59,3 +65,46 @@ def tiny_run(command, tmp_path_factory):
     done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return run_dir, done
+
+
+@pytest.fixture(scope="module")
+def simulated_run(tmp_path_factory):
+    "A run folder of the tiny cohort with simulated predictions for two folds: no training needed."
+    run_dir = tmp_path_factory.mktemp("simulated")
+    for name in ("labels.parquet", "slices.parquet", "cohort.parquet", "cache"):
+        source = tiny_cohort() / name
+        shutil.copytree(source, run_dir / name) if source.is_dir() else shutil.copy(source, run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def write_predictions():
+    "write_predictions(run_dir, cohort rows, folds): predictions.parquet and a trained-looking, untrained model."
+    return _write_predictions
+
+
+def _write_predictions(run_dir, rows, folds):
+    import torch
+
+    from ich_fastai.batches import Settings, named_windows
+    from ich_fastai.model import build_model, make_card, save_model
+
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    ids = rows[["SOPInstanceUID", "PatientID", "StudyInstanceUID", "fold", *LABELS]].reset_index(drop=True)
+    logits = 2 * rows[list(LABELS)].to_numpy(float) - 1 + rng.normal(size=(len(rows), 6))
+    ids = ids.assign(**dict(zip(LOGITS, logits.astype("float32").T, strict=True)), keep_rate=0.4)
+    ids.to_parquet(run_dir / "predictions.parquet")
+    settings = Settings(image_size=96, windows=named_windows(["brain"]))
+    card = make_card(settings, 256, [{"fold": int(f), "keep_rate": 0.4} for f in folds])
+    save_model(build_model("resnet10t", 3), card, run_dir / "model")
+
+
+@pytest.fixture(scope="session")
+def too_little():
+    "too_little(cohort, which): rows of it on which next to nothing can be computed."
+    return lambda cohort, which: {
+        "no positive": cohort[(cohort["fold"] == 0) & (cohort["any"] == 0)],
+        "one patient": cohort[cohort["PatientID"] == cohort["PatientID"].iloc[0]],
+        "one slice": cohort.head(1),
+    }[which]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -12,25 +14,15 @@ from scipy.stats import binom
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
-from ich_fastai.tiny import tiny_cohort
-from ich_fastai.calibrate import conformal_bound, correct_for_sampling, correct_logits, cross_fit, score_levels
-from ich_fastai.calibrate import split_patients
-from ich_fastai.evaluate import evaluate, headline_table, say_difference, weighted_ratio
-from ich_fastai.explain import explain
-from ich_fastai.predict import make_submission, save_submission
+from ich_fastai.calibrate import LOGITS, Fitted, conformal_bound, correct_for_sampling, correct_logits, cross_fit
+from ich_fastai.calibrate import score_levels, split_patients
 from ich_fastai.core import InputError
+from ich_fastai.evaluate import evaluate, headline_table, level_metrics
 from ich_fastai.labels import LABELS, read_labels
-from ich_fastai.metrics import METRICS, fit_logistic, label_metrics, mean_metrics, metrics_table, rank_metrics
-from ich_fastai.metrics import resample_patients, weighted_log_loss
+from ich_fastai.metrics import METRICS, RANKS, SAME, Estimate, draw_patients, find_estimate, fit_logistic, label_metrics
+from ich_fastai.metrics import mean_metrics, metrics_table, rank_metrics, say_difference, simulate_scores
+from ich_fastai.metrics import weighted_log_loss, weighted_ratio
 from ich_fastai.tiny import tiny_phantom
-
-
-def draw(n=300, n_patients=40, seed=0, digits=None):
-    "Labels, probabilities and patients of a simulated label; `digits` rounds, so that scores tie."
-    rng = np.random.default_rng(seed)
-    patient = np.r_[np.arange(n_patients), rng.integers(n_patients, size=n - n_patients)]
-    p = expit(rng.normal(size=n) + rng.normal(size=n_patients)[patient] - 1)
-    return (rng.random(n) < p).astype(int), p if digits is None else np.round(p, digits), patient
 
 
 def by_sklearn(y, p, w, threshold):
@@ -52,21 +44,21 @@ def by_sklearn(y, p, w, threshold):
 @pytest.mark.parametrize("kind", ["patients", "whole numbers", "fractions"])
 def test_every_metric_equals_scikit_learn(digits, kind):
     for seed in range(5):
-        y, p, patient = draw(seed=seed, digits=digits)
+        y, p, patient = simulate_scores(300, 40, seed, digits=digits)
         rng = np.random.default_rng(seed)
-        weights = {
-            "patients": resample_patients(40, 5, seed),
+        draws = {
+            "patients": draw_patients(patient, 5, seed)[1],
             "whole numbers": rng.integers(1, 5, (3, 40)),
             "fractions": rng.uniform(0.1, 3, (3, 40)),
         }[kind]
-        ours = label_metrics(y, p, patient, weights, 0.3)
-        for b, w in enumerate(weights[:, patient]):
+        ours = label_metrics(y, p, patient, draws, 0.3)
+        for b, w in enumerate(draws[:, patient]):
             expected = by_sklearn(y, p, w, 0.3)
             assert {m: ours[m][b] for m in expected} == pytest.approx(expected, abs=1e-9)
 
 
 def test_constant_predictions_and_calibration_error():
-    y, p, patient = draw()
+    y, p, patient = simulate_scores(300, 40)
     one = np.ones((1, 40))
     constant = label_metrics(y, np.full(len(y), y.mean()), patient, one, 0.5)
     assert constant["auc"][0] == 0.5 and constant["average_precision"][0] == pytest.approx(y.mean(), abs=1e-9)
@@ -79,22 +71,42 @@ def test_constant_predictions_and_calibration_error():
 
 @pytest.mark.parametrize("y", [0, 1], ids=["no positive", "no negative"])
 def test_one_class_is_undefined_not_zero(y):
-    table = metrics_table(
-        np.full((12, 6), y),
-        np.tile(np.linspace(0.1, 0.9, 12)[:, None], 6),
-        np.arange(12) // 2,
-        np.full((12, 6), 0.5),
-        n_boot=50,
-    )
+    p = np.tile(np.linspace(0.1, 0.9, 12)[:, None], 6)
+    table = metrics_table(np.full((12, 6), y), p, np.arange(12) // 2, np.full((12, 6), 0.5), n_boot=50)
     undefined = table[table["value"].isna()]
-    assert {"auc", "average_precision", "calibration_slope"} <= set(undefined["metric"]) and undefined[
-        "note"
-    ].str.len().gt(0).all()
+    assert {"auc", "average_precision", "calibration_slope"} <= set(undefined["metric"])
+    assert undefined["note"].str.startswith("undefined: no ").all()
     assert undefined[["low", "high"]].isna().all().all()
-    assert ("specificity" in set(undefined["metric"])) == (y == 1) and ("sensitivity" in set(undefined["metric"])) == (
-        y == 0
-    )
+    assert ("specificity" in set(undefined["metric"])) == (y == 1)
+    assert ("sensitivity" in set(undefined["metric"])) == (y == 0)
     assert table.loc[table["metric"] == "log_loss", "value"].notna().all()
+
+
+def test_an_interval_of_rounding_errors_is_marked_as_too_narrow():
+    table = metrics_table(np.zeros((9, 6)), np.full((9, 6), 0.1), np.arange(9), n_boot=20)
+    assert set(table.loc[table["value"].notna(), "metric"]) == {
+        "log_loss",
+        "brier",
+        "calibration_error",
+        "weighted_log_loss",
+    }
+    assert (table.loc[table["value"].notna(), "note"] == SAME).all()
+
+
+def test_ranks_need_no_calibration_and_say_what_they_need():
+    y, p, patient = simulate_scores(center=np.full(6, -1.0))
+    table = metrics_table(y, np.full(p.shape, np.nan), patient, score=logit(p), n_boot=20).set_index("metric")
+    assert table.loc[list(RANKS), "value"].notna().all()
+    assert (table.drop(list(RANKS))["note"] == "needs other patients to fit on: there are none").all()
+
+
+def test_an_estimate_says_what_it_has_also_after_a_table():
+    both, value, neither = Estimate(0.5, 0.25, 0.75), Estimate(0.5, why="one patient"), Estimate(why="no slice")
+    table = pd.DataFrame([both, value, neither])  # None becomes nan
+    for estimates in ((both, value, neither), [Estimate(*row) for row in table.itertuples(index=False)]):
+        assert [str(e) for e in estimates] == ["0.500 (0.250 to 0.750)", "0.500", "no slice"]
+        assert [(e.has_value, e.has_interval) for e in estimates] == [(True, True), (True, False), (False, False)]
+    assert find_estimate(np.array([0.5])).why and not find_estimate(np.array([0.5])).has_interval
 
 
 @pytest.mark.parametrize(
@@ -113,12 +125,12 @@ def test_too_little_data_says_so(n, patients, note):
 
 
 def test_intervals_are_those_of_a_loop_over_resamples():
-    y, p, patient = draw(seed=3, digits=2)
+    y, p, patient = simulate_scores(300, 40, 3, digits=2)
     six, probabilities = np.tile(y[:, None], 6), np.tile(p[:, None], 6)
     table = metrics_table(six, probabilities, patient, n_boot=100, seed=5).set_index(["label", "metric"])
-    codes = pd.factorize(patient)[0]
+    codes, draws = draw_patients(patient, 100, 5)
     losses, aucs = [], []
-    for w in resample_patients(40, 100, 5)[1:]:
+    for w in draws[1:]:
         rows = np.repeat(np.arange(len(y)), w[codes])
         losses.append(weighted_log_loss(six[rows], probabilities[rows]))
         aucs.append(sk.roc_auc_score(y[rows], p[rows]))
@@ -150,12 +162,9 @@ def test_nothing_sees_the_patients_it_is_reported_on():
         for k in range(3):
             here = part == k
             other = cross_fit(np.where(here[:, None], rng.integers(2, size=y.shape), y), x, patients, part, **options)
-            assert all((other[name][here] == ours[name][here]).all() for name in ours), (
-                "labels of the part leaked into it"
-            )
-            assert (other["p"][~here] != ours["p"][~here]).any() and (
-                other["threshold"][~here] != ours["threshold"][~here]
-            ).any()
+            for name, a, b in zip(Fitted._fields, ours, other, strict=True):
+                assert (a[here] == b[here]).all(), "labels of the part leaked into it"
+                assert (a[~here] != b[~here]).any(), name
 
 
 @pytest.mark.parametrize("folds", [3, 1])
@@ -163,34 +172,46 @@ def test_no_slice_or_study_is_scored_by_a_fit_to_its_own_patient(folds):
     rng = np.random.default_rng(0)
     patient = np.repeat(np.arange(60), 20)
     y = (rng.random((1200, 6)) < 0.3).astype(int)
-    predictions = pd.DataFrame(
-        {
-            "PatientID": patient,
-            "StudyInstanceUID": patient * 2 + rng.integers(2, size=1200),
-            "fold": patient % folds,
-            "keep_rate": 1.0,
-        }
-    )
-    predictions = predictions.assign(
-        **{f"logit_{label}": x for label, x in zip(LABELS, rng.normal(size=(6, 1200)) + y.T, strict=True)}
-    )
+    study = patient * 2 + rng.integers(2, size=1200)
+    ids = pd.DataFrame({"PatientID": patient, "StudyInstanceUID": study, "fold": patient % folds, "keep_rate": 1.0})
+    predictions = ids.assign(**dict(zip(LOGITS, rng.normal(size=(6, 1200)) + y.T, strict=True)))
 
     def score(y):
         return score_levels(predictions.assign(**dict(zip(LABELS, y.T, strict=True))))
 
     ours = score(y)
     for level, d in ours.items():
-        for k in np.unique(d["part"]):
-            here = d["part"] == k
-            turned = np.isin(patient, d["patients"][here])[:, None]
-            other = score(np.c_[np.where(turned, 1 - y[:, :5], y[:, :5]), y[:, -1]])[
-                level
-            ]  # `any` stays: it deals the halves of a single fold
-            assert (other["part"] == d["part"]).all()
-            assert all(
-                (other[name][here] == d[name][here]).all() for name in ("p", "threshold", "present", "absent")
-            ), (level, "leaked")
-            assert (other["p"][~here] != d["p"][~here]).any()
+        for k in np.unique(d.part):
+            here = d.part == k
+            turned = np.isin(patient, d.patients[here])[:, None]
+            # `any` stays: it deals the halves of a single fold
+            other = score(np.c_[np.where(turned, 1 - y[:, :5], y[:, :5]), y[:, -1]])[level]
+            assert (other.part == d.part).all()
+            for name in Fitted._fields:
+                assert (getattr(other, name)[here] == getattr(d, name)[here]).all(), (level, name, "leaked")
+            assert (other.calibrated[~here] != d.calibrated[~here]).any()
+
+
+def test_parts_with_maps_of_their_own_do_not_change_the_ranks():
+    rng = np.random.default_rng(0)
+    patient = np.repeat(np.arange(90), 20)
+    x = rng.normal(size=(1800, 6)) + rng.normal(size=(90, 6))[patient]
+    y = (rng.random(x.shape) < expit(x - 2 + (patient % 2)[:, None])).astype(int)  # more positives in one part
+    ids = pd.DataFrame({"PatientID": patient, "StudyInstanceUID": patient, "fold": patient % 2, "keep_rate": 1.0})
+    predictions = ids.assign(**dict(zip(LOGITS, x.T, strict=True)), **dict(zip(LABELS, y.T, strict=True)))
+    levels = score_levels(predictions)
+    pooled = sk.roc_auc_score(y[:, 2], levels["slice"].calibrated[:, 2])
+    metrics = level_metrics(levels, n_boot=20)
+    value = metrics.set_index(["level", "probabilities", "label", "metric"])["value"]
+    for level, d in levels.items():
+        for label, k in (("intraventricular", 2), ("any", 5)):
+            auc = sk.roc_auc_score(d.y[:, k], d.x[:, k])
+            assert value[level, "calibrated", label, "auc"] == pytest.approx(auc, abs=1e-9)
+            for metric in RANKS:
+                assert value[level, "calibrated", label, metric] == value[level, "corrected", label, metric]
+    auc = value["slice", "calibrated", "intraventricular", "auc"]
+    assert auc - pooled > 0.02, "or there is nothing to see here"
+    assert f"{auc:.3f} (" in headline_table(metrics).set_index("result").loc["intraventricular, AUC"].iloc[0]
 
 
 def test_each_fold_has_its_own_undersampling_undone():
@@ -198,37 +219,24 @@ def test_each_fold_has_its_own_undersampling_undone():
     x, keep_rate, fold = rng.normal(size=(40, 6)), np.repeat([0.3, 0.6], 20), np.repeat([4, 1], 20)
     p = expit(np.c_[x[:, :5], x.max(1) + 1])
     sampled = p / (p[:, -1:] + keep_rate[:, None] * (1 - p[:, -1:]))
-    predictions = pd.DataFrame(logit(sampled), columns=[f"logit_{label}" for label in LABELS]).assign(
-        fold=fold, keep_rate=keep_rate
-    )
+    predictions = pd.DataFrame(logit(sampled), columns=LOGITS).assign(fold=fold, keep_rate=keep_rate)
     assert expit(correct_logits(predictions)) == pytest.approx(p, abs=1e-12)
 
 
 def test_shares_and_differences_say_what_they_cannot():
-    weights = resample_patients(6, 200)
-    assert weighted_ratio(weights, np.arange(6), np.zeros(6), np.zeros(6), "none is called") == (
-        None,
-        None,
-        None,
-        "none is called",
-    )
-    assert weighted_ratio(weights, np.zeros(6, int), np.ones(6), np.ones(6))[1:] == (
-        None,
-        None,
-        "one patient: no interval",
-    )
-    assert weighted_ratio(weights, np.arange(6), np.ones(6), np.ones(6)) == (
-        1,
-        1,
-        1,
-        "all resamples are equal: the interval is too narrow",
-    )
-    value, low, high, note = weighted_ratio(weights, np.arange(6), np.array([1, 0, 1, 0, 1, 1]), np.ones(6))
-    assert value == pytest.approx(4 / 6) and low < value < high and note == ""
-    assert [say_difference(*i) for i in ((0.1, 0.2), (-0.2, -0.1), (0, 0.2), (None, None))] == [
+    six, draws = draw_patients(np.arange(6), 200)
+    assert weighted_ratio(draws, six, np.zeros(6), np.zeros(6), "none is called") == Estimate(why="none is called")
+    assert weighted_ratio(draws, np.zeros(6, int), np.ones(6), np.ones(6)).why == "one patient: no interval"
+    assert weighted_ratio(draws, six, np.ones(6), np.ones(6)) == Estimate(1, 1, 1, SAME)
+    share = weighted_ratio(draws, six, np.array([1, 0, 1, 0, 1, 1]), np.ones(6))
+    assert share.value == pytest.approx(4 / 6) and share.low < share.value < share.high and share.why == ""
+    intervals = ((0.1, 0.2), (-0.2, -0.1), (0, 0.2), (1e-17, 2e-17), (None, None), (np.nan, np.nan))
+    assert [say_difference(Estimate(0.1, *interval)) for interval in intervals] == [
         "higher",
         "lower",
-        "no difference",
+        "not resolved",
+        "not resolved",
+        "no interval",
         "no interval",
     ]
 
@@ -251,11 +259,11 @@ def test_calibration_mends_what_was_bent():
     y = (rng.random(truth.shape) < expit(truth)).astype(int)
     fitted = cross_fit(y, 2 * truth + 1, patients, patients % 4)
     for k in range(5):  # `any` is no OR here
-        assert fit_logistic(logit(fitted["p"][:, k]), y[:, k]) == pytest.approx((1, 0), abs=0.1)
-        assert sk.log_loss(y[:, k], fitted["p"][:, k]) == pytest.approx(
+        assert fit_logistic(logit(fitted.calibrated[:, k]), y[:, k]) == pytest.approx((1, 0), abs=0.1)
+        assert sk.log_loss(y[:, k], fitted.calibrated[:, k]) == pytest.approx(
             sk.log_loss(y[:, k], expit(truth[:, k])), abs=0.003
         )
-    called = fitted["p"] >= fitted["threshold"]
+    called = fitted.calibrated >= fitted.threshold
     assert (called & (y == 1)).sum(0) / y.sum(0) == pytest.approx(np.full(6, 0.9), abs=0.04)
 
 
@@ -263,7 +271,7 @@ def test_calibration_mends_what_was_bent():
 def test_conformal_sets_keep_their_promise(coverage):
     kept = []
     for seed in range(400):
-        y, p, patient = draw(n=600, n_patients=80, seed=seed)
+        y, p, patient = simulate_scores(600, 80, seed)
         old, ours = (patient < 40) & (y == 1), (patient >= 40) & (y == 1)
         bound = conformal_bound(logit(p[old]), patient[old], coverage, seed)
         kept.append(pd.Series(logit(p[ours]) >= bound).groupby(patient[ours]).mean().mean())
@@ -283,139 +291,58 @@ def test_100_000_slices_in_bounded_memory():
     assert peak < 1.5e9
 
 
-def draw_clustered(n_patients, seed):
-    "Slices of a patient share what the model sees of them and what it does not."
-    rng = np.random.default_rng(seed)
-    patient = np.repeat(np.arange(n_patients), rng.integers(1, 20, n_patients))
-    seen, hidden = rng.normal(0, 1, (2, n_patients))[:, patient]
-    x = seen + rng.normal(0, 0.7, len(patient)) - 1.5
-    return (rng.random(len(patient)) < expit(x + hidden)).astype(int), expit(x), patient
-
-
-def auc_and_log_loss(y, p, unit, weights):
-    return np.stack([rank_metrics(y, p, unit, weights, ())["auc"], mean_metrics(y, p, unit, weights)["log_loss"]])
+def auc_and_log_loss(y, p, unit, draws):
+    return np.stack([rank_metrics(y, p, unit, draws, ())["auc"], mean_metrics(y, p, unit, draws)["log_loss"]])
 
 
 def test_intervals_by_patient_cover_the_truth_and_those_by_slice_do_not():
-    y, p, patient = draw_clustered(100_000, seed=10**6)
+    y, p, patient = simulate_scores(1_000_000, 100_000, seed=10**6, hidden=1)
     truth = auc_and_log_loss(y, p, patient, np.ones((1, 100_000)))[:, 0]
     n, covered = 200, {"patient": np.zeros(2), "slice": np.zeros(2)}
     for seed in range(n):
-        y, p, patient = draw_clustered(120, seed)
+        y, p, patient = simulate_scores(1200, 120, seed, hidden=1)
         for way, unit in (("patient", patient), ("slice", np.arange(len(y)))):
-            low, high = np.percentile(
-                auc_and_log_loss(y, p, unit, resample_patients(unit.max() + 1, 200, seed))[:, 1:], [2.5, 97.5], axis=1
-            )
+            drawn = auc_and_log_loss(y, p, *draw_patients(unit, 200, seed))
+            low, high = np.percentile(drawn[:, 1:], [2.5, 97.5], axis=1)
             covered[way] += (low <= truth) & (truth <= high)
-    least, most = (
-        binom.ppf(0.001, n, 0.93),
-        binom.ppf(0.999, n, 0.97),
-    )  # a method that covers 93% to 97% falls outside once in 1,000 times
+    # a method that covers 93% to 97% falls outside once in 1,000 times
+    least, most = binom.ppf(0.001, n, 0.93), binom.ppf(0.999, n, 0.97)
     assert ((least <= covered["patient"]) & (covered["patient"] <= most)).all(), covered
     assert (covered["slice"] < least).all(), covered
 
 
 def test_rank_metrics_do_not_depend_on_the_chunk():
-    y, p, patient = draw(n=9000, seed=2, digits=2)
-    weights = resample_patients(40, 1100)
-    whole = rank_metrics(y, p, patient, weights)
+    y, p, patient = simulate_scores(9000, 40, 2, digits=2)
+    draws = draw_patients(patient, 1100)[1]
+    whole = rank_metrics(y, p, patient, draws)
     for b in (0, 500, 888, 889, 1100):  # 8,000,000 // 9,000 = 888 rows a chunk
-        assert whole["auc"][b] == rank_metrics(y, p, patient, weights[b : b + 1])["auc"][0]
+        assert whole["auc"][b] == rank_metrics(y, p, patient, draws[b : b + 1])["auc"][0]
 
 
-def test_submission_follows_the_sample(tmp_path):
-    sample = tmp_path / "sample.csv"
-    sample.write_text("ID,Label\n" + "".join(f"ID_{s}_{label},0.5\n" for s in "cab" for label in LABELS))
-    p = np.random.default_rng(0).uniform(size=(4, 6))
-    table = make_submission([f"ID_{s}" for s in "abcd"], p, sample)
-    assert table["ID"].to_list() == pd.read_csv(sample)["ID"].to_list() and list(table.columns) == ["ID", "Label"]
-    assert table["Label"].to_list() == p[[2, 0, 1]].ravel().tolist()
-    with pytest.raises(InputError, match="sample.csv: 6 of its rows have no prediction, e.g. ID_b_epidural"):
-        make_submission(["ID_a", "ID_c"], p[:2], sample)
-    predicted = pd.DataFrame(p, columns=LABELS).assign(SOPInstanceUID=[f"ID_{s}" for s in "abcd"])
-    written = pd.read_csv(save_submission(predicted, sample, tmp_path / "submission.csv"))
-    assert written["ID"].to_list() == table["ID"].to_list() and written["Label"].to_numpy() == pytest.approx(
-        table["Label"].to_numpy(), abs=1e-12
-    )
-    with pytest.raises(InputError, match="6 rows have no probability from 0 to 1, e.g. ID_c_epidural"):
-        save_submission(
-            predicted.assign(
-                **{label: predicted[label].where(predicted["SOPInstanceUID"] != "ID_c") for label in LABELS}
-            ),
-            sample,
-            tmp_path / "no.csv",
-        )
-    assert not (tmp_path / "no.csv").exists()
-    sample.write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match="has the columns a, b; a sample submission has ID,Label"):
-        make_submission(["ID_a"], p[:1], sample)
-
-
-@pytest.fixture(scope="module")
-def simulated_run(tmp_path_factory):
-    "A run folder of the tiny cohort with simulated predictions for two folds: no training needed."
-    run_dir = tmp_path_factory.mktemp("evaluate")
-    for name in ("labels.parquet", "slices.parquet", "cohort.parquet", "cache"):
-        source = tiny_cohort() / name
-        shutil.copytree(source, run_dir / name) if source.is_dir() else shutil.copy(source, run_dir)
-    return run_dir
-
-
-def write_predictions(run_dir, rows, folds):
-    "predictions.parquet and a trained-looking, untrained model of these cohort rows."
-    import torch
-
-    from ich_fastai.batches import Settings, named_windows
-    from ich_fastai.model import build_model, make_card, save_model
-
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    ids = rows[["SOPInstanceUID", "PatientID", "StudyInstanceUID", "fold", *LABELS]].reset_index(drop=True)
-    logits = 2 * rows[list(LABELS)].to_numpy(float) - 1 + rng.normal(size=(len(rows), 6))
-    ids.assign(
-        **{f"logit_{label}": logits[:, k].astype("float32") for k, label in enumerate(LABELS)}, keep_rate=0.4
-    ).to_parquet(run_dir / "predictions.parquet")
-    card = make_card(
-        Settings(image_size=96, windows=named_windows(["brain"])),
-        256,
-        [{"fold": int(f), "keep_rate": 0.4} for f in folds],
-    )
-    save_model(build_model("resnet10t", 3), card, run_dir / "model")
-
-
-def test_the_stage_writes_its_files(simulated_run):
+def test_the_stage_writes_its_files(simulated_run, write_predictions):
     cohort = pd.read_parquet(simulated_run / "cohort.parquet")
     write_predictions(simulated_run, cohort[cohort["fold"] < 2], (0, 1))
     metrics = evaluate(simulated_run, tiny_phantom(), n_boot=50)
-    explain(simulated_run, tiny_phantom(), n_boot=50)
     assert metrics.loc[metrics["value"].isna(), "note"].str.len().gt(0).all()
-    headline = headline_table(simulated_run)
-    assert (
-        len(headline.to_string(index=False, line_width=80).splitlines()[0]) <= 80
-        and not headline.isin(["nan"]).any().any()
-    )
-    index = pd.read_csv(simulated_run / "tables" / "index.csv")
-    assert len(index) >= 4 and all((simulated_run / "figures" / f).is_file() for f in index["figure"])
-    assert index["caption"].str.contains("Synthetic data").all()
-    model = json.loads((simulated_run / "model" / "model.json").read_text())
-    assert set(model["corrections"]["calibration"]) == set(LABELS) and model["corrections"]["keep_rate"] == 0.4
-    assert model["thresholds"]["slice"]["any"]["threshold"] > 0
-    pointing = pd.read_csv(simulated_run / "tables" / "pointing.csv")
-    assert pointing["value"].dropna().between(0, 1).all() and pointing["n"].sum() > 0
+    first = ["level", "label", "probabilities", "metric", "value", "low", "high"]
+    assert list(metrics) == [*first, "n", "n_positive", "n_patients", "prevalence", "note"]
+    headline = headline_table(metrics)
+    assert len(headline.to_string(index=False, line_width=80).splitlines()[0]) <= 80
+    assert not headline.isin(["nan"]).any().any()
+    captions = pd.read_csv(simulated_run / "tables" / "captions.csv").set_index("figure")["caption"]
+    for name in ("auc.svg", "reliability.svg"):
+        assert (simulated_run / "figures" / name).is_file() and "Synthetic data" in captions[name]
+    card = json.loads((simulated_run / "model" / "model.json").read_text())
+    assert set(card["corrections"]["calibration"]) == set(LABELS) and card["corrections"]["keep_rate"] == 0.4
+    assert card["thresholds"]["slice"]["any"]["threshold"] > 0
 
 
 @pytest.mark.parametrize("which", ["no positive", "one patient", "one slice"])
-def test_the_stage_survives_too_little_data(simulated_run, tmp_path, which):
+def test_the_stage_survives_too_little_data(simulated_run, write_predictions, too_little, tmp_path, which):
     shutil.copytree(simulated_run, tmp_path / "run")
-    cohort = pd.read_parquet(simulated_run / "cohort.parquet")
-    rows = {
-        "no positive": cohort[(cohort["fold"] == 0) & (cohort["any"] == 0)],
-        "one patient": cohort[cohort["PatientID"] == cohort["PatientID"].iloc[0]],
-        "one slice": cohort.head(1),
-    }[which]
+    rows = too_little(pd.read_parquet(simulated_run / "cohort.parquet"), which)
     write_predictions(tmp_path / "run", rows, (rows["fold"].iloc[0],))
     metrics = evaluate(tmp_path / "run", None, n_boot=20)
-    explain(tmp_path / "run", None, n_boot=20)
     assert metrics.loc[metrics["value"].isna(), "note"].str.len().gt(0).all()
     assert not np.isinf(metrics[["value", "low", "high"]].astype(float)).any().any()
     assert "NaN" not in (tmp_path / "run" / "model" / "model.json").read_text()
@@ -427,17 +354,8 @@ def test_without_predictions_it_names_the_notebook(tmp_path):
 
 
 def test_evaluate_imports_no_torch():
-    import subprocess
-    import sys
-
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import ich_fastai.evaluate, sys; assert 'torch' not in sys.modules and 'fastai' not in sys.modules",
-        ],
-        check=True,
-    )
+    code = "import ich_fastai.evaluate, sys; assert 'torch' not in sys.modules and 'fastai' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("wrong", [{"wanted_sensitivity": 1.2}, {"coverage": 90}])

@@ -1,4 +1,4 @@
-"""The paper's page: paired differences as a loop gives them, verdicts that follow from the intervals, and reasons where there is no number."""
+"""The paper's page: paired differences as a loop gives them, verdicts that follow from intervals, or reasons."""
 
 import json
 
@@ -8,43 +8,33 @@ import pytest
 from scipy.special import expit, logit
 from sklearn import metrics as sk
 
-from ich_fastai.calibrate import correct_for_sampling, score_levels
+from ich_fastai.calibrate import LOGITS, correct_for_sampling, score_levels
 from ich_fastai.evaluate import level_metrics
 from ich_fastai.imbalance import read_arms, run_study, save_study, table_2
 from ich_fastai.core import InputError
 from ich_fastai.labels import LABELS, read_combinations
-from ich_fastai.metrics import resample_patients, weighted_log_loss
+from ich_fastai.metrics import draw_patients, simulate_scores, weighted_log_loss
 from ich_fastai.paper import compare_paper, derivation, make_paper, read_paper
 
-LOGITS = [f"logit_{label}" for label in LABELS]
 ARMS = ("undersample+inverse", "none+inverse", "none+none", "undersample+none")
 R = 0.2  # share of the normal slices that undersampling keeps
 
 
 def simulate(n_patients=60, each=8, prevalence=True, seed=0):
-    "Ids, labels and the true probabilities of simulated patients, whose slices look alike."
-    rng = np.random.default_rng(seed)
-    patient = np.repeat(np.arange(n_patients), each)
-    p = expit(rng.normal(-2, 1, (len(patient), 6)) + rng.normal(0, 1, (n_patients, 1))[patient])
-    p[:, -1] = 1 - (1 - p[:, :5]).prod(1)
-    y = (rng.random((len(patient), 5)) < p[:, :5]).astype(int) * prevalence
-    ids = pd.DataFrame(
-        {
-            "SOPInstanceUID": [f"ID_{i}" for i in rng.permutation(len(y))],
-            "PatientID": patient,
-            "StudyInstanceUID": patient,
-            "fold": patient % 2,
-        }
-    )
-    return ids.assign(**dict(zip(LABELS, np.c_[y, y.any(1)].T, strict=True))), p
+    "Ids, labels and the true probabilities of simulated patients; `any` is the OR of the five."
+    y, p, patient = simulate_scores(n_patients * each, n_patients, seed, center=np.full(5, -2.0))
+    p = np.c_[p, 1 - (1 - p).prod(1)]
+    y = np.c_[y, y.any(1)] * prevalence
+    names = [f"ID_{i}" for i in np.random.default_rng(seed).permutation(len(y))]
+    ids = pd.DataFrame({"SOPInstanceUID": names, "PatientID": patient, "StudyInstanceUID": patient})
+    return ids.assign(fold=patient % 2, **dict(zip(LABELS, y.T, strict=True))), p
 
 
 def write_arm(folder, arm, ids, logits, keep_rate):
     "predictions.parquet and model.json of an arm, as notebook 12 writes them."
     (folder / "model").mkdir(parents=True)
-    ids.assign(keep_rate=keep_rate, **dict(zip(LOGITS, logits.T, strict=True))).to_parquet(
-        folder / "predictions.parquet"
-    )
+    predictions = ids.assign(keep_rate=keep_rate, **dict(zip(LOGITS, logits.T, strict=True)))
+    predictions.to_parquet(folder / "predictions.parquet")
     balance, weights = arm.split("+")
     card = {"settings": {"balance": balance, "class_weights": weights}}
     (folder / "model" / "model.json").write_text(json.dumps(card))
@@ -75,9 +65,9 @@ def test_paired_differences_are_those_of_a_loop_over_resamples(tmp_path):
     )
     none = none.set_index("SOPInstanceUID").loc[main["SOPInstanceUID"]]
     y, p = main[list(LABELS)].to_numpy(), correct_for_sampling(expit(main[LOGITS].to_numpy()), R)
-    q, codes = expit(none[LOGITS].to_numpy()), pd.factorize(main["PatientID"])[0]
+    q, (codes, draws) = expit(none[LOGITS].to_numpy()), draw_patients(main["PatientID"], 100, 5)
     losses, aucs = [], []
-    for w in resample_patients(60, 100, 5):
+    for w in draws:
         rows = np.repeat(np.arange(len(y)), w[codes])
         losses.append(weighted_log_loss(y[rows], p[rows]) - weighted_log_loss(y[rows], q[rows]))
         aucs.append(sk.roc_auc_score(y[rows, 2], p[rows, 2]) - sk.roc_auc_score(y[rows, 2], q[rows, 2]))
@@ -86,7 +76,7 @@ def test_paired_differences_are_those_of_a_loop_over_resamples(tmp_path):
         assert row[["value", "low", "high"]].to_list() == pytest.approx(
             [values[0], *np.percentile(values[1:], [2.5, 97.5])], abs=1e-9
         )
-        assert row["says"] == ("higher" if row["low"] > 0 else "lower" if row["high"] < 0 else "no difference")
+        assert row["says"] == ("higher" if row["low"] > 0 else "lower" if row["high"] < 0 else "not resolved")
 
 
 def test_the_correction_gives_back_what_undersampling_took(tmp_path):
@@ -100,21 +90,16 @@ def test_the_correction_gives_back_what_undersampling_took(tmp_path):
     assert of["undersample+none", "corrected"] == pytest.approx(of["none+none", "corrected"], abs=1e-9)
     assert (of["undersample+none", "raw"] - of["none+none", "corrected"]).min() > 0.05
     sentences = save_study(tmp_path, n_boot=200)
-    assert any(
-        s.startswith(
-            "undersample+none against none+none, after the prior correction: weighted log loss no difference ("
-        )
-        for s in sentences
-    )
+    start = "undersample+none against none+none, after the prior correction: weighted log loss not resolved ("
+    assert any(s.startswith(start) for s in sentences)
     assert any(s.startswith("The prior correction of undersample+none: weighted log loss better (-") for s in sentences)
 
 
-def test_the_main_arm_is_measured_as_notebook_07_measures_it(tmp_path):
+def test_the_main_arm_is_measured_as_notebook_22_measures_it(tmp_path):
     write_run(tmp_path)
     table = table_2(run_study(read_arms(tmp_path), n_boot=100, seed=3)).query("arm == @ARMS[0]")
-    metrics = level_metrics(score_levels(pd.read_parquet(tmp_path / "predictions.parquet")), n_boot=100, seed=3).query(
-        "level == 'slice'"
-    )
+    levels = score_levels(pd.read_parquet(tmp_path / "predictions.parquet"))
+    metrics = level_metrics(levels, n_boot=100, seed=3).query("level == 'slice'")
     both = table.merge(metrics, on=["label", "metric", "probabilities"])
     assert len(both) == 2 * (5 * 6 + 1) and both["value_x"].notna().all()
     assert both[["value_x", "low_x", "high_x"]].to_numpy() == pytest.approx(

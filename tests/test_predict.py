@@ -7,18 +7,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from dicom_files import make_file
-from test_evaluate import simulated_run, write_predictions  # noqa: F401  (a fixture)
 
 from ich_fastai.calibrate import calibrate, score_levels
 from ich_fastai.evaluate import evaluate
 from ich_fastai.core import InputError
 from ich_fastai.labels import LABELS
 from ich_fastai.model import load_model
-from ich_fastai.predict import predict_series, summarize_studies
+from ich_fastai.predict import make_submission, predict_series, save_submission, summarize_studies
 
 
 @pytest.fixture(scope="module")
-def trained(simulated_run):  # noqa: F811
+def trained(simulated_run, write_predictions):
     "A run folder with an evaluated model."
     cohort = pd.read_parquet(simulated_run / "cohort.parquet")
     write_predictions(simulated_run, cohort[cohort["fold"] < 2], (0, 1))
@@ -31,12 +30,12 @@ def test_a_studys_probability_is_the_one_that_was_evaluated(trained):
         json.loads((trained / "model" / "model.json").read_text()),
         pd.read_parquet(trained / "predictions.parquet"),
     )
-    study = score_levels(predictions, sensitivity=0.9, coverage=0.9)["study"]
+    study = score_levels(predictions)["study"]
     fitted = config["corrections"]["study_calibration"]
     slope, intercept = (np.array([fitted[label][name] for label in LABELS]) for name in ("slope", "intercept"))
     order = predictions["StudyInstanceUID"].drop_duplicates()
     got = summarize_studies(predictions.assign(error=None), config).loc[order, list(LABELS)]
-    assert got.to_numpy() == pytest.approx(calibrate(study["x"], slope, intercept), abs=1e-9)
+    assert got.to_numpy() == pytest.approx(calibrate(study.x, slope, intercept), abs=1e-9)
     assert predictions["keep_rate"].max() < 1, "or the order of correction and maximum would not matter"
 
 
@@ -67,3 +66,31 @@ def test_a_model_of_no_use_is_one_line(trained, tmp_path, harm):
 def test_no_files_are_an_error(trained):
     with pytest.raises(InputError, match="no files"):
         predict_series(load_model(trained / "model", "cpu"), [])
+
+
+def test_submission_follows_the_sample(tmp_path):
+    sample = tmp_path / "sample.csv"
+    sample.write_text("ID,Label\n" + "".join(f"ID_{s}_{label},0.5\n" for s in "cab" for label in LABELS))
+    p = np.random.default_rng(0).uniform(size=(4, 6))
+    table = make_submission([f"ID_{s}" for s in "abcd"], p, sample)
+    assert table["ID"].to_list() == pd.read_csv(sample)["ID"].to_list() and list(table.columns) == ["ID", "Label"]
+    assert table["Label"].to_list() == p[[2, 0, 1]].ravel().tolist()
+    with pytest.raises(InputError, match="sample.csv: 6 of its rows have no prediction, e.g. ID_b_epidural"):
+        make_submission(["ID_a", "ID_c"], p[:2], sample)
+    predicted = pd.DataFrame(p, columns=LABELS).assign(SOPInstanceUID=[f"ID_{s}" for s in "abcd"])
+    written = pd.read_csv(save_submission(predicted, sample, tmp_path / "submission.csv"))
+    assert written["ID"].to_list() == table["ID"].to_list() and written["Label"].to_numpy() == pytest.approx(
+        table["Label"].to_numpy(), abs=1e-12
+    )
+    with pytest.raises(InputError, match="6 rows have no probability from 0 to 1, e.g. ID_c_epidural"):
+        save_submission(
+            predicted.assign(
+                **{label: predicted[label].where(predicted["SOPInstanceUID"] != "ID_c") for label in LABELS}
+            ),
+            sample,
+            tmp_path / "no.csv",
+        )
+    assert not (tmp_path / "no.csv").exists()
+    sample.write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="has the columns a, b; a sample submission has ID,Label"):
+        make_submission(["ID_a"], p[:1], sample)
