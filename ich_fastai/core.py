@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['MAKERS', 'MISSING', 'COLORS', 'InputError', 'project_dir', 'write_file', 'save_json', 'save_table', 'stage_file',
-           'read_stage', 'format_number', 'format_table', 'set_style', 'save_figure', 'data_note', 'save_captioned']
+           'read_stage', 'format_number', 'format_table', 'set_style', 'save_figure', 'data_note', 'save_captioned',
+           'count_cores', 'end_with_parent', 'name_some']
 
 # %% ../nbs/00_core.ipynb #00-002
 import json
+import multiprocessing
 import os
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -128,7 +132,7 @@ def format_table(
     digits: int = 3,  # after the point, of floats
 ) -> pd.DataFrame:  # of str
     "The table for people, each cell by `format_number`."
-    return table.convert_dtypes(convert_floating=False).map(lambda v: format_number(v, digits))
+    return table.astype(object).map(lambda v: format_number(v, digits))
 
 # %% ../nbs/00_core.ipynb #00-026
 COLORS = ("#E69F00", "#D55E00", "#CC79A7", "#009E73", "#0072B2", "#000000")
@@ -181,3 +185,23 @@ def save_captioned(
         plt.close(fig)
         captions[name] = caption + (f" {note.capitalize()}." if note else "")
     save_table(pd.DataFrame({"figure": captions.keys(), "caption": captions.values()}), path)
+
+# %% ../nbs/00_core.ipynb #00-036
+def count_cores() -> int:
+    "The cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# %% ../nbs/00_core.ipynb #00-039
+def end_with_parent() -> None:
+    "Start a thread that ends this worker when the process that started it is gone: a killed run leaves nobody writing."
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+# %% ../nbs/00_core.ipynb #00-043
+def name_some(
+    names: Iterable,  # of files or slices
+    most: int = 5,
+) -> str:
+    "The first names, and how many there are when that is not all."
+    words = list(map(str, names))
+    return ", ".join(words[:most]) + (f", ... ({len(words):,} in all)" if len(words) > most else "")
