@@ -11,6 +11,7 @@ __all__ = ['MAKERS', 'MISSING', 'COLORS', 'InputError', 'project_dir', 'write_fi
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -193,8 +194,9 @@ def count_cores() -> int:
 
 # %% ../nbs/00_core.ipynb #00-039
 def end_with_parent() -> None:
-    "Start a thread that ends this worker when the process that started it is gone: a killed run leaves nobody writing."
+    "In a worker process: leave Ctrl-C to the process that started it, and end when that is gone."
     if parent := multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 # %% ../nbs/00_core.ipynb #00-043
