@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAKERS', 'MISSING', 'COLORS', 'InputError', 'project_dir', 'write_file', 'save_json', 'save_table', 'stage_file',
            'read_stage', 'format_number', 'format_table', 'set_style', 'save_figure', 'data_note', 'save_captioned',
-           'count_cores', 'end_with_parent', 'name_some']
+           'count_cores', 'end_with_parent', 'hold_interrupt', 'name_some']
 
 # %% ../nbs/00_core.ipynb #00-002
 import json
@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -200,6 +201,25 @@ def end_with_parent() -> None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 # %% ../nbs/00_core.ipynb #00-043
+@contextmanager
+def hold_interrupt():
+    "Let Ctrl-C wait until the block has ended; not where it is ignored, as under nohup, nor off the main thread."
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+    asked: list[bool] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt
+
+# %% ../nbs/00_core.ipynb #00-046
 def name_some(
     names: Iterable,  # of files or slices
     most: int = 5,

@@ -16,7 +16,6 @@ from .head import VERSION
 from .phantom import is_phantom, make_phantom
 from .ingest import ingest
 from .cohort import make_cohort
-from .train import fit
 
 # %% ../nbs/90_tiny.ipynb #90-006
 def tiny_phantom(
@@ -70,5 +69,7 @@ def tiny_run() -> Path:  # run_dir
     run_dir = tiny_cohort()
     with FileLock(run_dir / ".train.lock"):
         if not (run_dir / "predictions.parquet").exists():
+            from ich_fastai.train import fit
+
             fit(run_dir, arch="resnet10t", image_size=64, epochs=2)
     return run_dir
