@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -196,13 +196,19 @@ def count_cores() -> int:
 # %% ../nbs/00_core.ipynb #00-039
 def end_with_parent() -> None:
     "In a worker process: leave Ctrl-C to the process that started it, and end when that is gone."
-    if parent := multiprocessing.parent_process():
+    parent = multiprocessing.parent_process()
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    if parent:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/00_core.ipynb #00-043
 @contextmanager
-def hold_interrupt():
+def hold_interrupt() -> Iterator[None]:
     "Let Ctrl-C wait until the block has ended; not where it is ignored, as under nohup, nor off the main thread."
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

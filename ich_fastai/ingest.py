@@ -11,15 +11,8 @@ __all__ = ['list_files', 'Job', 'read_plan', 'extend_plan', 'save_plan', 'check_
 import multiprocessing
 import os
 import time
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    BrokenExecutor,
-    CancelledError,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    wait,
-)
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -65,11 +58,10 @@ class Job:
     todo: dict[int, list[str]] = field(default_factory=dict, init=False)  # shard: names on disk
 
     def __post_init__(self):
-        out = self.cache_dir.parent
         if self.size < 1:
             raise InputError(f"{self.cache_dir}: slices of {self.size} px cannot be; give a size of 1 or more")
-        if out.resolve().is_relative_to(self.dicom_dir.resolve()):
-            raise InputError(f"{out}: lies in the DICOM folder; choose a run folder outside of it")
+        if self.cache_dir.parent.resolve().is_relative_to(self.dicom_dir.resolve()):
+            raise InputError(f"{self.cache_dir.parent}: lies in the DICOM folder; choose a run folder outside of it")
         if files := [p for p in (self.cache_dir, *self.cache_dir.parents) if p.is_file()]:
             raise InputError(f"{files[0]}: is a file; choose another folder")
         self.files = list_files(self.dicom_dir)
@@ -99,7 +91,7 @@ def extend_plan(
     known = set(plan["file"])
     new = [name for name in files if name not in known]
     first = plan["shard"].max() + 1 if len(plan) else 0
-    shard = (first + np.arange(len(new)) // shard_rows).astype("int32")
+    shard: np.ndarray = (first + np.arange(len(new)) // shard_rows).astype("int32")
     return pd.concat([plan, pd.DataFrame({"file": pd.array(new, "string"), "shard": shard})], ignore_index=True)
 
 # %% ../nbs/08_ingest.ipynb #08-018
@@ -151,7 +143,8 @@ def open_job(job: Job) -> bool:
 
 # %% ../nbs/08_ingest.ipynb #08-028
 def describe_todo(job: Job) -> str:
-    "What an opened job would do, in a sentence."
+    "What the job would do, in a sentence."
+    open_job(job)
     names = [name for files in job.todo.values() for name in files]
     n_bytes = sum(path.stat().st_size for path in map(job.dicom_dir.joinpath, names) if path.is_file())
     what = f"{len(job.plan):,} files, {len(names):,} of them to read ({n_bytes / 1e6:,.0f} MB)"
@@ -219,7 +212,7 @@ class Monitor:
 
         self.errors = [table.loc[table["error"].notna(), ["file", "error"]] for table in job.done.values()]
         self.allowed = max(10, job.max_error_share * len(job.plan))
-        self.list_path, self.bytes, self.start = job.cache_dir.parent / "errors.csv", 0, time.perf_counter()
+        self.list, self.bytes, self.start = job.cache_dir.parent / "errors.csv", 0, time.perf_counter()
         look = {"unit": " files", "desc": "ingest", "disable": not job.progress, "ncols": 90, "mininterval": 0.5}
         self.bar = tqdm(total=sum(map(len, job.todo.values())), **look)
 
@@ -234,8 +227,10 @@ class Monitor:
         self.errors.append(shard.loc[shard["error"].notna(), ["file", "error"]])
         n = sum(map(len, self.errors))
         if n > self.allowed:
-            what = f"{n} files cannot be used, more than the {self.allowed:.0f} allowed; look there or raise max_error_share"
-            raise InputError(f"{save_table(pd.concat(self.errors), self.list_path)}: {what}")
+            what = f"{n} files cannot be used, more than the {self.allowed:.0f} allowed"
+            raise InputError(
+                f"{save_table(pd.concat(self.errors), self.list)}: {what}; see there or raise max_error_share"
+            )
 
     def report(self, shard: pd.DataFrame) -> None:
         "A shard that another process finished."
@@ -383,20 +378,16 @@ def ich_ingest(
     dry_run: store_true = False,  # say what would be done, write nothing
 ):
     "Read a folder of DICOM files once into a cache of HU slices. Stopped, the same command goes on."
-    start, cache_dir, pool = time.perf_counter(), Path(out) / "cache", None
+    start, cache, pool = time.perf_counter(), Path(out) / "cache", None
     if dry_run:
-        job = Job(Path(dicom_dir), cache_dir, size)
-        open_job(job)
-        return print(describe_todo(job))
+        return print(describe_todo(Job(Path(dicom_dir), cache, size)))
     if scheduler:
         client = connect_scheduler(scheduler)
         if not client.scheduler_info()["workers"]:
             print(f"{scheduler}: has no workers yet; waiting for them")
         pool = client.get_executor()
     try:
-        slices = ingest(
-            dicom_dir, cache_dir, size, pool, workers=workers, max_error_share=max_error_share, progress=True
-        )
+        slices = ingest(dicom_dir, cache, size, pool, workers=workers, max_error_share=max_error_share, progress=True)
     except KeyboardInterrupt:
-        raise InputError(f"{cache_dir}: stopped; the same command goes on from here") from None
+        raise InputError(f"{cache}: stopped; the same command goes on from here") from None
     print(_summary(slices, time.perf_counter() - start))
