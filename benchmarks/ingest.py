@@ -2,7 +2,8 @@
 
 python benchmarks/ingest.py [SECTION ...] [--files 2000] [--data DICOM_FOLDER]
 
-Sections: speed workers memory listing kills (all by default). Without --data the slices are copies of the tiny phantom's. Ratios are of medians.
+Sections: speed workers memory listing kills (all by default). Without --data the slices are copies of the tiny
+phantom's. Ratios are of medians.
 The fastai recipe needs what fastai does not install by itself: pip install kornia scikit-image.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from ich_fastai.ingest import Job, ingest, save_plan
+from ich_fastai.ingest import Job, ingest, open_job, save_plan
 from ich_fastai.labels import find_dataset
 from ich_fastai.tiny import tiny_phantom
 
@@ -30,7 +31,7 @@ SECTIONS = ("speed", "workers", "memory", "listing", "kills")
 
 
 def copy_slices(source, target, n):
-    "A folder of `n` readable slices of 512 x 512 px, as all but 250 of RSNA's are, with identifiers of their own, copied from a few."
+    "A folder of `n` readable slices of 512 x 512 px, as most of RSNA's are, with their own identifiers, copied from a few."
     target.mkdir()
     originals = [p for p in sorted(Path(source).glob("*.dcm")) if 512 * 1024 < p.stat().st_size < 530 * 1024]
     for i in range(n):
@@ -160,8 +161,9 @@ def measure_listing(folder, scratch, n=700_000):
 
     def start_up():
         cache = scratch / "listing_cache"
-        cache.mkdir()
-        save_plan(Job(many, cache, 256).plan, cache, 256)
+        job = Job(many, cache, 256)
+        open_job(job)
+        save_plan(job)
 
     print(f"start-up with {n:,} directory entries: {timed(start_up):.1f} s (claim: under 20)")
 

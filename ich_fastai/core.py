@@ -4,11 +4,17 @@
 
 # %% auto #0
 __all__ = ['MAKERS', 'MISSING', 'COLORS', 'InputError', 'project_dir', 'write_file', 'save_json', 'save_table', 'stage_file',
-           'read_stage', 'format_number', 'format_table', 'set_style', 'save_figure', 'data_note', 'save_captioned']
+           'read_stage', 'format_number', 'format_table', 'set_style', 'save_figure', 'data_note', 'save_captioned',
+           'count_cores', 'end_with_parent', 'hold_interrupt', 'name_some']
 
 # %% ../nbs/00_core.ipynb #00-002
 import json
+import multiprocessing
 import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -127,7 +133,7 @@ def format_table(
     digits: int = 3,  # after the point, of floats
 ) -> pd.DataFrame:  # of str
     "The table for people, each cell by `format_number`."
-    return table.convert_dtypes(convert_floating=False).map(lambda v: format_number(v, digits))
+    return table.astype(object).map(lambda v: format_number(v, digits))
 
 # %% ../nbs/00_core.ipynb #00-026
 COLORS = ("#E69F00", "#D55E00", "#CC79A7", "#009E73", "#0072B2", "#000000")
@@ -181,3 +187,49 @@ def save_captioned(
         plt.close(fig)
         captions[name] = caption + (f" {note.capitalize()}." if note else "")
     save_table(pd.DataFrame({"figure": captions.keys(), "caption": captions.values()}), path)
+
+# %% ../nbs/00_core.ipynb #00-036
+def count_cores() -> int:
+    "The cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# %% ../nbs/00_core.ipynb #00-039
+def end_with_parent() -> None:
+    "In a worker process: leave Ctrl-C to the process that started it, and end when that is gone."
+    parent = multiprocessing.parent_process()
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    if parent:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=watch, daemon=True).start()
+
+# %% ../nbs/00_core.ipynb #00-043
+@contextmanager
+def hold_interrupt() -> Iterator[None]:
+    "Let Ctrl-C wait until the block has ended; not where it is ignored, as under nohup, nor off the main thread."
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+    asked: list[bool] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt
+
+# %% ../nbs/00_core.ipynb #00-046
+def name_some(
+    names: Iterable,  # of files or slices
+    most: int = 5,
+) -> str:
+    "The first names, and how many there are when that is not all."
+    words = list(map(str, names))
+    return ", ".join(words[:most]) + (f", ... ({len(words):,} in all)" if len(words) > most else "")

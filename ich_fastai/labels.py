@@ -8,22 +8,23 @@ __all__ = ['SUBTYPES', 'LABELS', 'LABEL_COLORS', 'Dataset', 'find_dataset', 'rea
 
 # %% ../nbs/01_labels.ipynb #01-002
 import zipfile
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from .core import COLORS, InputError, project_dir, save_figure, save_table
+from .core import COLORS, InputError, format_table, name_some, project_dir, save_figure, save_table
 
-# %% ../nbs/01_labels.ipynb #01-006
+# %% ../nbs/01_labels.ipynb #01-007
 SUBTYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
 LABELS = (*SUBTYPES, "any")
 
-# %% ../nbs/01_labels.ipynb #01-008
+# %% ../nbs/01_labels.ipynb #01-009
 LABEL_COLORS = dict(zip(LABELS, COLORS, strict=True))
 
-# %% ../nbs/01_labels.ipynb #01-010
+# %% ../nbs/01_labels.ipynb #01-012
 class Dataset(NamedTuple):
     "A dataset in the RSNA layout."
 
@@ -31,59 +32,49 @@ class Dataset(NamedTuple):
     dicom_dir: Path  # the folder with the labelled slices
     stage: int  # 1 or 2
 
-# %% ../nbs/01_labels.ipynb #01-011
+# %% ../nbs/01_labels.ipynb #01-013
 def find_dataset(
     data_dir: str | Path,  # the folder that holds stage_N_train.csv, or its parent
 ) -> Dataset:
-    "The label CSV and the DICOM folder in `data_dir`; stage 2 where both stages are. Raises `InputError` where one is missing."
+    "The label CSV and the DICOM folder, of stage 2 where both stages are. Raises `InputError` where one is missing."
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise InputError(f"{data_dir}: no such folder; see data/README.md on how to get the RSNA data")
     homes = (data_dir, data_dir / "rsna-intracranial-hemorrhage-detection")
-    csvs = [
-        (home / f"stage_{stage}_train.csv{suffix}", stage)
-        for home in homes
-        for stage in (2, 1)
-        for suffix in ("", ".gz", ".zip")
-    ]
-    csv, stage = next(((c, s) for c, s in csvs if c.is_file()), (None, None))
-    if csv is None:
-        raise InputError(
-            f"{data_dir}: has no stage_1_train.csv or stage_2_train.csv (.gz, .zip); see data/README.md for the layout"
-        )
-    dicom_dir = next(
-        (d for d in (csv.parent / f"stage_{stage}_train", csv.parent / f"stage_{stage}_train_images") if d.is_dir()),
-        None,
-    )
-    if dicom_dir is None:
-        raise InputError(
-            f"{csv.parent}: has {csv.name} but no folder stage_{stage}_train or stage_{stage}_train_images with the DICOM files"
-        )
-    return Dataset(csv, dicom_dir, stage)
+    for home, stage, suffix in product(homes, (2, 1), ("", ".gz", ".zip")):
+        csv = home / f"stage_{stage}_train.csv{suffix}"
+        if csv.is_file():
+            break
+    else:
+        what = "has no stage_1_train.csv or stage_2_train.csv (.gz, .zip); see data/README.md for the layout"
+        raise InputError(f"{data_dir}: {what}")
+    names = (f"stage_{stage}_train", f"stage_{stage}_train_images")
+    for name in names:
+        if (home / name).is_dir():
+            return Dataset(csv, home / name, stage)
+    raise InputError(f"{home}: has {csv.name} but no folder {' or '.join(names)} with the DICOM files")
 
-# %% ../nbs/01_labels.ipynb #01-015
+# %% ../nbs/01_labels.ipynb #01-021
 def _scan_rows(csv: Path):
-    "Lazy rows of the long CSV: the slice's id, the label's bit (0 if unknown) and its value. Raises `InputError` for a wrong header."
+    "Lazy rows: the slice's id, the label's bit (0 if unknown), its value. Raises `InputError` for a wrong header."
     import polars as pl
 
-    source = csv
+    source: Path | bytes = csv
     if csv.suffix == ".zip":
         with zipfile.ZipFile(csv) as z:
             source = z.read(next(n for n in z.namelist() if n.endswith(".csv") and not n.startswith("__MACOSX")))
     frame = pl.scan_csv(source, schema_overrides={"Label": pl.Int8}, glob=False)
-    missing = {"ID", "Label"} - set(frame.collect_schema().names())
-    if missing:
-        raise InputError(
-            f"{csv}: has no column {', '.join(sorted(missing))}; it needs the columns ID,Label of stage_1_train.csv"
-        )
+    if missing := {"ID", "Label"} - set(frame.collect_schema().names()):
+        what = f"has no column {', '.join(sorted(missing))}; it needs the columns ID,Label of stage_1_train.csv"
+        raise InputError(f"{csv}: {what}")
     bit, suffix = pl.lit(0, pl.UInt8), pl.lit(0, pl.UInt32)
     for k, label in enumerate(LABELS):
-        ends = pl.col("ID").str.ends_with(f"_{label}")
-        bit = pl.when(ends).then(pl.lit(1 << k, pl.UInt8)).otherwise(bit)
-        suffix = pl.when(ends).then(pl.lit(len(label) + 1, pl.UInt32)).otherwise(suffix)
+        ends = pl.when(pl.col("ID").str.ends_with(f"_{label}"))
+        bit = ends.then(pl.lit(1 << k, pl.UInt8)).otherwise(bit)
+        suffix = ends.then(pl.lit(len(label) + 1, pl.UInt32)).otherwise(suffix)
     return frame.select("Label", id=pl.col("ID").str.head(pl.col("ID").str.len_bytes() - suffix), bit=bit)
 
-# %% ../nbs/01_labels.ipynb #01-016
+# %% ../nbs/01_labels.ipynb #01-024
 def _collect_bits(rows):
     "A row per slice: `ones` and `zeros`, bit k set when a row says that of LABELS[k]; `bad`: does a row say neither?"
     import polars as pl
@@ -91,39 +82,30 @@ def _collect_bits(rows):
     bit, value = pl.col("bit"), pl.col("Label")
     ones, zeros = (pl.when(value == v).then(bit).otherwise(pl.lit(0, pl.UInt8)) for v in (1, 0))
     rows = rows.select("id", ones=ones, zeros=zeros, bad=~(value.is_in([0, 1]).fill_null(False) & (bit > 0)))
-    return (
-        rows.group_by("id")
-        .agg(pl.col("ones", "zeros").bitwise_or(), pl.col("bad").any())
-        .collect(engine="streaming")
-        .sort("id")
-    )
+    slices = rows.group_by("id").agg(pl.col("ones", "zeros").bitwise_or(), pl.col("bad").any())
+    return slices.collect(engine="streaming").sort("id")
 
-# %% ../nbs/01_labels.ipynb #01-018
+# %% ../nbs/01_labels.ipynb #01-027
 def _check_bits(slices, csv: Path) -> None:
-    "Raise `InputError` for unknown labels or values, conflicts, missing labels, and an `any` that is not the OR of the five."
+    "Raise `InputError` where rows are unknown, in conflict or missing, or `any` is not the OR of the five."
     import polars as pl
 
-    any_bit = 1 << len(SUBTYPES)
-    rules = (
-        (pl.col("bad"), "a row that is not ID_<slice>_<label>,<0 or 1> with a known label (a truncated file?)"),
-        (pl.col("ones") & pl.col("zeros") != 0, "duplicate rows that contradict each other"),
-        (pl.col("ones") | pl.col("zeros") != 2 * any_bit - 1, "fewer than six labels (a truncated file?)"),
-        (
-            (pl.col("ones") >= any_bit) != (pl.col("ones") % any_bit > 0),
-            "a label 'any' that is not the OR of the five subtypes",
-        ),
-    )
-    for wrong, what in rules:
-        ids = slices.filter(wrong)["id"].to_list()
-        if ids:
-            names = ", ".join(str(i) for i in ids[:5]) + (", ..." if len(ids) > 5 else "")
-            raise InputError(f"{csv}: {len(ids)} slice{'s' * (len(ids) > 1)} with {what}: {names}")
+    ones, zeros, any_bit = pl.col("ones"), pl.col("zeros"), 1 << len(SUBTYPES)
+    rules = {
+        "a row that is not ID_<slice>_<label>,<0 or 1> with a known label (a truncated file?)": pl.col("bad"),
+        "duplicate rows that contradict each other": ones & zeros != 0,
+        "fewer than six labels (a truncated file?)": ones | zeros != 2 * any_bit - 1,
+        "a label 'any' that is not the OR of the five subtypes": (ones >= any_bit) != (ones % any_bit > 0),
+    }
+    for what, wrong in rules.items():
+        if ids := slices.filter(wrong)["id"].to_list():
+            raise InputError(f"{csv}: {len(ids)} slice{'s' * (len(ids) > 1)} with {what}: {name_some(ids)}")
 
-# %% ../nbs/01_labels.ipynb #01-019
+# %% ../nbs/01_labels.ipynb #01-030
 def read_labels(
     csv: str | Path,  # stage_1_train.csv or stage_2_train.csv, plain, .gz or .zip
 ) -> pd.DataFrame:  # index SOPInstanceUID, sorted; six uint8 columns in the order of LABELS, 0 or 1
-    "Labels, a row per slice. Duplicates that agree are merged; whatever else is wrong raises `InputError` with the slices' names."
+    "Labels, a row per slice; duplicates that agree are merged. Raises `InputError`, with the slices' names, otherwise."
     import polars as pl
 
     csv = Path(csv)
@@ -132,25 +114,23 @@ def read_labels(
     except FileNotFoundError:
         raise InputError(f"{csv}: no such file; see data/README.md on how to get the RSNA labels") from None
     except (OSError, EOFError, zipfile.BadZipFile, StopIteration, pl.exceptions.PolarsError) as e:
-        raise InputError(
-            f"{csv}: cannot be read as a label CSV: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
-        ) from e
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise InputError(f"{csv}: cannot be read as a label CSV: {why}") from e
     if slices.is_empty():
         raise InputError(f"{csv}: holds no label rows")
     _check_bits(slices, csv)
-    ones = slices["ones"].to_numpy()
-    index = pd.Index(slices["id"].to_pandas(), name="SOPInstanceUID")
+    ones, index = slices["ones"].to_numpy(), pd.Index(slices["id"].to_pandas(), name="SOPInstanceUID")
     return pd.DataFrame({label: (ones >> k) & 1 for k, label in enumerate(LABELS)}, index=index)
 
-# %% ../nbs/01_labels.ipynb #01-026
+# %% ../nbs/01_labels.ipynb #01-037
 def read_combinations(
     csv: str | Path | None = None,  # columns LABELS and `count`; the project's data/label_combinations.csv by default
 ) -> pd.DataFrame:  # six uint8 columns, one row per counted slice, in no meaningful order
-    "Labels of 674,258 slices, as the published counts of label combinations give them. The rows have no ids."
+    "Labels of the 674,258 slices of stage 1, by the published counts of label combinations. The rows have no ids."
     table = pd.read_csv(csv or project_dir() / "data" / "label_combinations.csv", comment="#")
     return table.loc[table.index.repeat(table["count"]), list(LABELS)].astype("uint8").reset_index(drop=True)
 
-# %% ../nbs/01_labels.ipynb #01-029
+# %% ../nbs/01_labels.ipynb #01-040
 def class_balance(
     labels: pd.DataFrame,  # (n, 6) 0 or 1, columns LABELS
 ) -> pd.DataFrame:  # index label; n (slices), p = p(H), p_given_any = p(H given any=1), null where no slice bleeds
@@ -159,7 +139,7 @@ def class_balance(
     p_given_any = n / n["any"] if n["any"] else pd.Series(np.nan, index=n.index)
     return pd.DataFrame({"n": n, "p": n / len(labels), "p_given_any": p_given_any}).rename_axis("label")
 
-# %% ../nbs/01_labels.ipynb #01-034
+# %% ../nbs/01_labels.ipynb #01-045
 def cooccurrence(
     labels: pd.DataFrame,  # (n, 6) 0 or 1, columns LABELS
 ) -> pd.DataFrame:  # (6, 6) p(column given row), null where no slice carries the row's label
@@ -170,30 +150,27 @@ def cooccurrence(
         shares = counts / np.diag(counts)[:, None]
     return pd.DataFrame(shares, index=pd.Index(LABELS, name="given"), columns=LABELS)
 
-# %% ../nbs/01_labels.ipynb #01-035
+# %% ../nbs/01_labels.ipynb #01-047
 def plot_cooccurrence(
-    labels: pd.DataFrame,  # (n, 6) 0 or 1, columns LABELS
+    tables: dict[str, pd.DataFrame],  # title of a panel: what `cooccurrence` gives
 ):  # matplotlib Figure
-    "A heat map of `cooccurrence`."
+    "Heat maps side by side on one color scale; a dash where nothing is given."
     import matplotlib.pyplot as plt
-    import seaborn as sns
 
-    fig, ax = plt.subplots(figsize=(6.4, 4))
-    sns.heatmap(
-        cooccurrence(labels),
-        vmin=0,
-        vmax=1,
-        annot=True,
-        fmt=".3f",
-        cmap="cividis",
-        ax=ax,
-        cbar_kws={"label": "p(column given row)"},
-    )
-    ax.set(xlabel="also carries", ylabel="given", title=f"Co-occurrence of labels, {len(labels):,} slices")
-    ax.tick_params(axis="x", rotation=35)
+    size = (4.3 * len(tables) + 1.6, 4.4)
+    fig, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, sharey=True)
+    for ax, (title, table) in zip(axes[0], tables.items(), strict=True):
+        image = ax.imshow(table, vmin=0, vmax=1, cmap="cividis")
+        for (i, j), text in np.ndenumerate(format_table(table, 2)):
+            ax.text(j, i, text, ha="center", va="center", color="white" if table.iat[i, j] < 0.5 else "black")
+        ax.set_xticks(range(len(LABELS)), LABELS, rotation=35, ha="right")
+        ax.set_yticks(range(len(LABELS)), LABELS)
+        ax.set(title=title, xlabel="also carries")
+    axes[0, 0].set_ylabel("given")
+    fig.colorbar(image, ax=axes, label="p(column given row)")
     return fig
 
-# %% ../nbs/01_labels.ipynb #01-038
+# %% ../nbs/01_labels.ipynb #01-050
 def subtypes_per_slice(
     labels: pd.DataFrame,  # (n, 6) 0 or 1, columns LABELS
 ) -> pd.Series:  # index 0 to 5, slices that carry so many subtypes
@@ -201,29 +178,28 @@ def subtypes_per_slice(
     counts = labels[list(SUBTYPES)].sum(axis=1).value_counts()
     return counts.reindex(range(6), fill_value=0).rename("n").rename_axis("subtypes")
 
-# %% ../nbs/01_labels.ipynb #01-041
+# %% ../nbs/01_labels.ipynb #01-053
 def undersample(
     labels: pd.DataFrame,  # (n, 6) 0 or 1, columns LABELS
     seed: int = 42,  # of the random draw
 ) -> pd.Series:  # (n,) bool, the index of `labels`: is the slice kept?
-    "Keep all slices with any=1 and as many with any=0, drawn at random; all of those where there are fewer."
+    "Keep all slices with any=1 and as many with any=0, drawn at random; all of them where there are fewer."
     positive = labels["any"].to_numpy(dtype=bool)
     normal = np.flatnonzero(~positive)
     keep = positive.copy()
     keep[np.random.default_rng(seed).permutation(normal)[: positive.sum()]] = True
     return pd.Series(keep, index=labels.index, name="in_sample")
 
-# %% ../nbs/01_labels.ipynb #01-044
+# %% ../nbs/01_labels.ipynb #01-056
 def class_weights(
     labels: pd.DataFrame,  # (n, 6) 0 or 1, columns LABELS
 ) -> pd.Series:  # (6,) float, mean 1
-    "Loss weights w_k ~ 1/n_k. A class without a positive gets the weight of the rarest class that has one; all 1 where none has."
+    "Loss weights w_k ~ 1/n_k; a class without a positive gets that of the rarest class with one, all 1 where none has."
     n = labels[list(LABELS)].sum().astype(float)
     n = n.where(n > 0, n[n > 0].min() if (n > 0).any() else 1.0)
-    w = 1 / n
-    return (w / w.mean()).rename("weight").rename_axis("label")
+    return (1 / n / (1 / n).mean()).rename("weight").rename_axis("label")
 
-# %% ../nbs/01_labels.ipynb #01-047
+# %% ../nbs/01_labels.ipynb #01-059
 def tabulate_labels(
     labels: pd.DataFrame,  # (n, 6) 0 or 1, columns LABELS, index SOPInstanceUID
     run_dir: str | Path,  # the run's folder
@@ -237,7 +213,7 @@ def tabulate_labels(
     save_table(balance, run_dir / "tables" / "class_balance.csv")
     save_table(cooccurrence(labels), run_dir / "tables" / "cooccurrence.csv")
     save_table(subtypes_per_slice(labels).to_frame(), run_dir / "tables" / "subtypes_per_slice.csv")
-    fig = plot_cooccurrence(labels)
+    fig = plot_cooccurrence({f"Labels that occur together, {len(labels):,} slices": cooccurrence(labels)})
     save_figure(fig, run_dir / "figures" / "cooccurrence.svg")
     plt.close(fig)
     return balance

@@ -16,8 +16,6 @@ from .head import VERSION
 from .phantom import is_phantom, make_phantom
 from .ingest import ingest
 from .cohort import make_cohort
-from .batches import Settings
-from .train import fit
 
 # %% ../nbs/90_tiny.ipynb #90-006
 def tiny_phantom(
@@ -72,5 +70,8 @@ def tiny_run() -> Path:  # run_dir
     with FileLock(run_dir / ".train.lock"):
         done = (run_dir / "predictions.parquet").exists()
         if not done or "settings" not in read_stage(run_dir, "model/model.json"):  # of an earlier version
+            from ich_fastai.batches import Settings
+            from ich_fastai.train import fit
+
             fit(run_dir, Settings(image_size=64, epochs=2))
     return run_dir
