@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: help setup reproduce test prepare outputs docs lock clean
 
 help:
-	@echo "make reproduce                          the study on the synthetic data (about 7 minutes on 2 cores)"
+	@echo "make reproduce                          the study on the synthetic data (some minutes on 2 cores)"
 	@echo "make reproduce DATA=/data/rsna PRESET=paper   the study on the RSNA data (needs a GPU)"
 	@echo "make test                               every test"
 	@echo "make prepare                            format, export, clean, lint: before each commit"
