@@ -103,6 +103,28 @@ def test_functions_and_lines_are_short():
     assert not {p.name: lines for p in sources if (lines := house.long_lines(p))}
 
 
+def outputs_of(notebook):
+    "All text that a committed notebook's cells have printed or shown."
+    texts = []
+    for output in (o for c in cells(notebook) for o in c.get("outputs", ())):
+        texts += [output.get("text", "")] + [v for k, v in output.get("data", {}).items() if k.startswith("text/")]
+    return "\n".join("".join(t) for t in texts)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_numbers_in_the_conclusion_come_from_the_notebook(notebook):
+    sources = ["".join(c["source"]) for c in cells(notebook)]
+    known = next(s for s in sources if s.startswith("## What we now know"))
+    shown = outputs_of(notebook) + "\n".join(s for s in sources if s is not known)
+    assert not [n for n in re.findall(r"\d[\d,]*\.\d{2,}|\d+,\d{3}", known) if n not in shown]
+
+
+def test_the_readme_says_what_the_committed_demo_gave():
+    said = re.findall(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", (PROJECT / "README.md").read_text())
+    shown = outputs_of(PROJECT / "nbs" / "22_evaluate.ipynb")
+    assert said and not [estimate for estimate in said if estimate not in shown]
+
+
 def test_the_version_is_one():
     version = re.search(r"(?m)^version = (.+)$", (PROJECT / "settings.ini").read_text()).group(1)
     assert f"\nversion: {version}\n" in (PROJECT / "CITATION.cff").read_text()
