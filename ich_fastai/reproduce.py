@@ -34,6 +34,7 @@ NOTEBOOKS = (
     "01_labels",
     "02_dicom",
     "03_head",
+    "04_bleeding",
     "05_scan",
     "06_phantom",
     "07_cache",
