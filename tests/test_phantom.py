@@ -1,4 +1,4 @@
-"""The phantom's promises that need whole folders: determinism, geometry, traps, no leak through the files' sizes and names, errors as one line."""
+"""The phantom's promises that need whole folders: determinism, geometry, traps, no leak through sizes and names."""
 
 import hashlib
 import json
@@ -16,11 +16,12 @@ import pandas as pd
 import pydicom
 import pytest
 
-from ich_fastai.head import Bleed, draw_head, draw_plane
+from ich_fastai.bleeding import Bleed, draw_plane
 from ich_fastai.core import InputError
+from ich_fastai.head import draw_head
 from ich_fastai.labels import LABELS, SUBTYPES, read_labels
-from ich_fastai.scan import Scan, draw_scan, draw_slice
-from ich_fastai.phantom import COMPRESSIONS, FILE_TRAPS, MIN_AREA_MM2, TRAPS, make_phantom, read_mask
+from ich_fastai.phantom import MIN_AREA_MM2, make_phantom, read_mask
+from ich_fastai.scan import COMPRESSIONS, FILE_TRAPS, TRAPS, Scan, draw_scan, draw_slice
 from ich_fastai.tiny import tiny_phantom
 
 COMMAND = Path(sys.executable).parent / "ich-phantom"
@@ -98,7 +99,8 @@ def test_same_bytes_whatever_the_workers_and_the_processor(tmp_path):
     one = make_phantom(tmp_path / "one", 3, 7, slices_per_series=(5, 6), workers=1)
     two = make_phantom(tmp_path / "two", 3, 7, slices_per_series=(5, 6), workers=2)
     assert hashes(one) == hashes(two)
-    call = f"from ich_fastai.phantom import make_phantom; make_phantom({str(tmp_path / 'plain')!r}, 3, 7, slices_per_series=(5, 6), workers=1)"
+    call = f"make_phantom({str(tmp_path / 'plain')!r}, 3, 7, slices_per_series=(5, 6), workers=1)"
+    call = f"from ich_fastai.phantom import make_phantom; {call}"
     plain = {**os.environ, "OMP_NUM_THREADS": "3"}
     plain |= {"NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 AVX512F AVX512_SKX", "OPENCV_CPU_DISABLE": "AVX2,AVX512_SKX"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", call], env=plain, check=True, timeout=60)
@@ -191,7 +193,8 @@ def test_compressed_files_hold_the_same_pixels(tmp_path):
 def test_epidural_blood_stays_within_its_bone():
     head = draw_head(np.random.default_rng(0))
     y, x = np.meshgrid(np.arange(-100, 100, 1, np.float32), np.arange(-100, 100, 1, np.float32), indexing="ij")
-    _, shares = draw_plane(head, [Bleed(0, (0.98, -0.2, 0.0), 20.0, 65.0, 1.0)], x, y, np.full_like(x, 2))
+    bleed = Bleed("epidural", 65.0, 1, 1.0, direction=(0.98, -0.2, 0.0), size=20.0)
+    _, shares = draw_plane(head, [bleed], x, y, np.full_like(x, 2))
     blood = shares[0] > 0.5
     assert blood.sum() > 500
     assert y[blood].min() > -38 + 0.25 * 2 - 1.5  # the coronal suture
@@ -199,9 +202,9 @@ def test_epidural_blood_stays_within_its_bone():
 
 def test_metal_streaks_and_says_nothing_of_blood():
     rng = np.random.default_rng(0)
-    head, scan = draw_head(rng), draw_scan(rng, 10, "16s")
-    inside = scan._replace(metal=(10.0, 0.0, scan.z[5] - 72, 100.0), holder=0.0)
-    clean, _ = draw_slice(head, [], inside._replace(metal=(0.0, 0.0, 0.0, 0.0)), 5, np.random.default_rng(1))
+    head, scan = draw_head(rng), draw_scan(rng, 10)
+    inside = scan._replace(metal=(10.0, 0.0, scan.z[5] - 72), metal_hu=100.0, holder=0.0)
+    clean, _ = draw_slice(head, [], inside._replace(metal_hu=0.0), 5, np.random.default_rng(1))
     hu, mask = draw_slice(head, [], inside, 5, np.random.default_rng(1))
     assert isinstance(inside, Scan) and hu.max() > 2500 > clean.max() and not mask.any()
 
@@ -226,7 +229,8 @@ def test_a_killed_run_leaves_nobody_writing_and_can_be_repeated(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("dciodvfy"), reason="needs dciodvfy of Debian's dicom3tools")
 def test_a_validator_finds_only_what_the_anonymization_did(tiny, truth):
-    known = r"Information Object Not found|MediaStorageSOP\w+ (but missing|different from)|invalid data values for Value|\((0x0008,0x0018|0x0020,0x000[de])\)"
+    known = r"Information Object Not found|MediaStorageSOP\w+ (but missing|different from)|"
+    known += r"invalid data values for Value|\((0x0008,0x0018|0x0020,0x000[de])\)"
     for uid in truth[truth.traps == ""].SOPInstanceUID[:10]:
         found = subprocess.run(
             ["dciodvfy", str(tiny / "stage_1_train_images" / f"{uid}.dcm")], capture_output=True, text=True, timeout=60
