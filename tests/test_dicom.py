@@ -11,8 +11,8 @@ import pytest
 from dicom_files import HEAD, make_dataset, make_file, plain_variants, to_bytes
 from pydicom import uid
 
-from ich_fastai import dicom
-from ich_fastai.dicom import DicomError, read_slice, slice_position, walk_header
+from ich_fastai.cache import read_plain, walk_header
+from ich_fastai.dicom import DicomError, decode_slice, read_file, read_slice, slice_position
 
 PLAIN = plain_variants()
 
@@ -28,14 +28,15 @@ def pydicom_hu(data):
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_walker_equals_pydicom(name):
     data = memoryview(PLAIN[name])
-    plain, reference = dicom._decode_plain(data), dicom._decode_pydicom(data)
-    if plain is not None:
-        assert plain[0] == reference[0]
-        assert plain[1].dtype == reference[1].dtype
-        np.testing.assert_array_equal(plain[1], reference[1])
-    hu, record = read_slice(PLAIN[name])
-    assert hu.dtype == np.int16 and np.isfinite(record["brain_fraction"])
-    if not record["repaired"]:
+    hu, record = read_slice(data)
+    assert hu.dtype == np.int16 and np.isfinite(record.brain_fraction)
+    for plain in (read_plain(data), read_plain(memoryview(bytearray(data)), in_place=True)):
+        assert (plain is None) == (walk_header(data) is None)
+        if plain is not None:
+            assert walk_header(data)[0] == decode_slice(data)[0] and plain[1] == record
+            assert plain[0].dtype == np.int16
+            np.testing.assert_array_equal(plain[0], hu)
+    if not record.repaired:
         np.testing.assert_array_equal(hu, pydicom_hu(PLAIN[name]))
 
 
@@ -72,10 +73,12 @@ def test_the_46_real_slices_equal_simpleitk_to_the_last_unit(real_data):
     assert len(paths) == 46
     for path in paths:
         hu, record = read_slice(path)
-        assert not record["repaired"], "none of the 46 is wrapped, so there is nothing to compare apart"
+        assert not record.repaired, "none of the 46 is wrapped, so there is nothing to compare apart"
         np.testing.assert_array_equal(hu, sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0], err_msg=path.name)
-        assert walk_header(dicom.read_file(path)[0]) is not None, "a real slice took the long way"
-        assert dicom._decode_plain(dicom.read_file(path)[0])[0] == dicom._decode_pydicom(dicom.read_file(path)[0])[0]
+        plain = read_plain(memoryview(read_file(path)))
+        assert plain is not None, "a real slice took the long way"
+        assert plain[1] == record
+        np.testing.assert_array_equal(plain[0], hu)
 
 
 def test_cq500_equals_simpleitk(real_data):
@@ -105,6 +108,10 @@ def gdcm_encode(data, syntax, folder):
     return target.read_bytes()
 
 
+def syntax_of(data):
+    return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True).file_meta.TransferSyntaxUID
+
+
 JPEG = {  # GDCM's name: pydicom's
     "JPEGLosslessProcess14": "JPEGLossless",
     "JPEGLosslessProcess14_1": "JPEGLosslessSV1",
@@ -119,7 +126,7 @@ LOSSY = {"JPEGLSNearLossless": "JPEGLSNearLossless", "JPEG2000": "JPEG2000", "JP
 def test_compressed_by_gdcm(syntax, signed, tmp_path):
     data = make_file(HEAD - 500) if signed else make_file(HEAD.astype(np.uint16), BitsStored=12)
     packed = gdcm_encode(data, syntax, tmp_path)
-    assert dicom._find_syntax(memoryview(packed))[0] == getattr(uid, JPEG[syntax])
+    assert syntax_of(packed) == getattr(uid, JPEG[syntax])
     np.testing.assert_array_equal(read_slice(packed)[0], read_slice(data)[0])
     np.testing.assert_array_equal(read_slice(packed)[0], pydicom_hu(packed))
 
@@ -129,7 +136,7 @@ def test_lossy_files_are_what_pydicom_says(syntax, tmp_path):
     baseline = syntax == "JPEGBaselineProcess1"  # 8 bits only
     data = make_file((HEAD // 8).astype(np.uint8), BitsAllocated=8, BitsStored=8) if baseline else make_file(HEAD - 500)
     packed = gdcm_encode(data, syntax, tmp_path)
-    assert dicom._find_syntax(memoryview(packed))[0] == getattr(uid, LOSSY[syntax])
+    assert syntax_of(packed) == getattr(uid, LOSSY[syntax])
     np.testing.assert_array_equal(read_slice(packed)[0], pydicom_hu(packed))
     assert np.abs(read_slice(packed)[0] - read_slice(data)[0]).max() < 10
 
@@ -157,12 +164,12 @@ def test_a_modality_lut_gives_hu():
     )
     hu, record = read_slice(data)
     np.testing.assert_array_equal(hu, [[0, 10], [40, 100]])
-    assert record["brain_fraction"] == 0.5 and not record["repaired"]
+    assert record.brain_fraction == 0.5 and not record.repaired
 
 
 def test_the_tilted_series_is_evenly_spaced_along_its_normal(real_data):
-    headers = [read_slice(p)[1] for p in sorted((real_data / "rsna" / "stage_1_train_images").glob("*.dcm"))]
-    z = np.sort([h["z_mm"] for h in headers if h["PatientID"] == "ID_fff502d5"])
+    records = [read_slice(p)[1] for p in sorted((real_data / "rsna" / "stage_1_train_images").glob("*.dcm"))]
+    z = np.sort([r.z_mm for r in records if r.PatientID == "ID_fff502d5"])
     gaps = np.diff(z)
     assert len(z) == 36 and gaps.min() > 0.9 * np.median(gaps) and gaps.max() < 1.5 * np.median(gaps)
 
@@ -179,6 +186,7 @@ def test_every_truncation_is_an_error_or_the_whole_slice():
     for n in range(len(data)):
         with pytest.raises(DicomError):
             read_slice(data[:n])
+        assert read_plain(memoryview(data[:n])) is None
 
 
 def flip_bytes(data, n_cases, seed):
@@ -200,7 +208,8 @@ def test_flipped_bytes_give_a_slice_or_a_reason(syntax):
         ds.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
     for broken in flip_bytes(to_bytes(ds, syntax == "implicit"), 400, seed=2):
         try:
-            hu, _ = read_slice(broken)
+            plain = read_plain(memoryview(broken))
+            hu, record = plain or read_slice(broken)
         except DicomError as e:
             assert ":" in str(e) or str(e) in ("no pixel data", "no SOPInstanceUID"), e
         else:
@@ -213,7 +222,7 @@ def test_a_deflate_bomb_is_refused():
     ds = make_dataset()
     ds.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
     data = to_bytes(ds)
-    _, start = dicom._find_syntax(memoryview(data))
+    start = 144 + int.from_bytes(data[140:144], "little")  # the length of group 2
     deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     bomb = data[:start] + b"".join(deflate.compress(bytes(1 << 20)) for _ in range(200)) + deflate.flush()
     with pytest.raises(DicomError, match="too large"):
