@@ -33,7 +33,7 @@ def test_the_whole_chain_on_46_real_slices(real_data, command, tmp_path):
             "epochs=1",
             "image_size=64",
             "arch=resnet18",
-            "pretrained=false",
+            "pretrained_from=''",
             "batch_size=8",
             "n_boot=50",
             "neighbors=0",
