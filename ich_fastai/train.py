@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHT_DECAY', 'split_decay', 'make_learner', 'score_logits', 'gather_rows', 'Journal', 'StopOnNonFinite',
-           'FollowEpochs', 'plain_numbers', 'Checkpoint', 'ShardedTrainer', 'Fold', 'fit_fold', 'fit', 'plot_history',
-           'train_arms']
+           'FollowEpochs', 'Checkpoint', 'ShardedTrainer', 'Fold', 'fit_fold', 'fit', 'plot_history', 'train_arms']
 
 # %% ../nbs/12_train.ipynb #12-003
 import hashlib
@@ -32,6 +31,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model
 from sklearn.metrics import roc_auc_score
+from torch.utils._pytree import tree_map
 
 from .core import COLORS, InputError, read_stage, save_figure, save_table, stage_file, write_file
 from .labels import LABELS, SUBTYPES
@@ -164,17 +164,6 @@ class FollowEpochs(Callback):
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 # %% ../nbs/12_train.ipynb #12-029
-def plain_numbers(
-    state,  # dicts, lists and tuples of anything
-):
-    "The same with Python's numbers for numpy's, which `weights_only=True` refuses; fastai's schedules set numpy's."
-    if isinstance(state, dict):
-        return {k: plain_numbers(v) for k, v in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(map(plain_numbers, state))
-    return state.item() if isinstance(state, np.generic) else state
-
-# %% ../nbs/12_train.ipynb #12-031
 class Checkpoint(Callback):
     "Write the whole state of training after each epoch."
 
@@ -185,8 +174,10 @@ class Checkpoint(Callback):
 
     def after_validate(self):
         journal, state = self.learn.journal, {"fingerprint": self.fingerprint, "epoch": self.epoch + 1}
-        state |= {"model": get_model(self.learn.model).state_dict(), "optimizer": plain_numbers(self.opt.state_dict())}
-        state |= {"history": journal.history, "logits": journal.logits}
+        state |= {"model": get_model(self.learn.model).state_dict(), "history": journal.history}
+        # fastai's schedules leave numpy's numbers in the optimizer, which weights_only=True refuses
+        plain = tree_map(lambda v: v.item() if isinstance(v, np.generic) else v, self.opt.state_dict())
+        state |= {"optimizer": plain, "logits": journal.logits}
         if self.dls.train.place.rank == 0:
             write_file(self.path, lambda p: torch.save(state, p))
 
@@ -202,7 +193,7 @@ class Checkpoint(Callback):
         learner.journal.history, learner.journal.logits = state["history"], state["logits"].cpu()
         return state["epoch"]
 
-# %% ../nbs/12_train.ipynb #12-035
+# %% ../nbs/12_train.ipynb #12-033
 class ShardedTrainer(DistributedTrainer):
     "fastai's trainer for several processes, for batches that are shared out already."
 
@@ -213,7 +204,7 @@ class ShardedTrainer(DistributedTrainer):
     def _wrap_dl(self, dl):
         return dl
 
-# %% ../nbs/12_train.ipynb #12-037
+# %% ../nbs/12_train.ipynb #12-035
 def _train(learner: Learner, settings: Settings) -> None:
     "Run the one-cycle schedule, from the checkpoint's epoch on where there is one."
     start, device = learner.checkpoint.resume(), learner.dls.device
@@ -231,20 +222,20 @@ def _train(learner: Learner, settings: Settings) -> None:
         sizes = f"batch_size={settings.batch_size}, image_size={settings.image_size}"
         raise InputError(f"out of memory on {device} with {sizes}: lower one of them") from e
 
-# %% ../nbs/12_train.ipynb #12-039
+# %% ../nbs/12_train.ipynb #12-037
 def _fingerprint(settings: Settings, cache_size: int, rows: pd.DataFrame) -> str:
     "A hash of the settings, the cache's size and the training slices."
     text = json.dumps([asdict(settings), cache_size, rows["SOPInstanceUID"].tolist()])
     return hashlib.sha256(text.encode()).hexdigest()
 
-# %% ../nbs/12_train.ipynb #12-041
+# %% ../nbs/12_train.ipynb #12-039
 def _prediction_table(rows: pd.DataFrame, logits: np.ndarray, keep_rate: float) -> pd.DataFrame:
     "predictions.parquet of one fold: ids, labels, logits as the network gives them."
     table = rows[["SOPInstanceUID", "PatientID", "StudyInstanceUID", "fold", *LABELS]].reset_index(drop=True)
     table[[f"logit_{label}" for label in LABELS]] = logits.astype(np.float32)
     return table.assign(keep_rate=keep_rate)
 
-# %% ../nbs/12_train.ipynb #12-043
+# %% ../nbs/12_train.ipynb #12-041
 class Fold(NamedTuple):
     "What comes of one fold."
 
@@ -279,7 +270,7 @@ def fit_fold(
     predictions = _prediction_table(cohort[cohort["fold"] == fold], journal.logits.numpy(), keep_rate)
     return Fold(learner.model, predictions, pd.DataFrame(journal.history).assign(fold=fold), facts)
 
-# %% ../nbs/12_train.ipynb #12-046
+# %% ../nbs/12_train.ipynb #12-044
 def fit(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,
@@ -306,7 +297,7 @@ def fit(
         shutil.rmtree(checkpoints, ignore_errors=True)
     return predictions
 
-# %% ../nbs/12_train.ipynb #12-047
+# %% ../nbs/12_train.ipynb #12-046
 def plot_history(
     histories: dict[str, pd.DataFrame],  # arm: history.csv
 ):  # matplotlib Figure
@@ -326,7 +317,7 @@ def plot_history(
     fig.legend(loc="outside lower center", ncols=2)
     return fig
 
-# %% ../nbs/12_train.ipynb #12-049
+# %% ../nbs/12_train.ipynb #12-048
 def train_arms(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,

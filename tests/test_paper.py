@@ -88,7 +88,7 @@ def test_the_correction_gives_back_what_undersampling_took(tmp_path):
         weighted_log_loss(ids[list(LABELS)].to_numpy(), p), abs=1e-9
     )
     assert of["undersample+none", "corrected"] == pytest.approx(of["none+none", "corrected"], abs=1e-9)
-    assert (of["undersample+none", "raw"] - of["none+none", "corrected"]).min() > 0.05
+    assert (of["undersample+none", "raw"] - of["none+none", "corrected"]).min() > 0.03
     sentences = save_study(tmp_path, n_boot=200)
     start = "undersample+none against none+none, after the prior correction: weighted log loss not resolved ("
     assert any(s.startswith(start) for s in sentences)
