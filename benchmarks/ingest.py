@@ -31,7 +31,7 @@ SECTIONS = ("speed", "workers", "memory", "listing", "kills")
 
 
 def copy_slices(source, target, n):
-    "A folder of `n` readable slices of 512 x 512 px, as most of RSNA's are, with their own identifiers, copied from a few."
+    "A folder of `n` readable slices of 512 x 512 px, as most of RSNA's are, with own identifiers, copied from a few."
     target.mkdir()
     originals = [p for p in sorted(Path(source).glob("*.dcm")) if 512 * 1024 < p.stat().st_size < 530 * 1024]
     for i in range(n):
@@ -128,7 +128,7 @@ def high_water(pid):
 
 
 def peak_memory(folder, out):
-    "MB: the largest resident sizes of the parent and of any of its children, while `folder` is ingested by two workers."
+    "MB: the largest resident sizes of the parent and of any of its children, while two workers ingest `folder`."
     process = start_ingest(folder, out, "--workers", "2")
     parent, child = psutil.Process(process.pid), 0
     peak = 0

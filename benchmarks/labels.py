@@ -1,8 +1,9 @@
-"""`read_labels` against the recipe of most notebooks on all 4,045,572 rows: seconds and peak memory. Ratios are of medians.
+"""`read_labels` against the recipe of most notebooks on all 4,045,572 rows: seconds, peak memory, ratios of medians.
 
 python benchmarks/labels.py [stage_1_train.csv]
 
-Without a CSV: the real one in $ICH_REAL_DATA/rsna if it is there, else one with the same rows made from data/label_combinations.csv.
+Without a CSV: the real one in $ICH_REAL_DATA/rsna if it is there, else the same rows made from
+data/label_combinations.csv.
 """
 
 import gzip
@@ -66,9 +67,8 @@ def compare(csv, turns=3):
     medians = {name: [statistics.median(x) for x in zip(*results, strict=True)] for name, results in readers.items()}
     for name, (seconds, megabytes) in medians.items():
         print(f"{name:>12}: {seconds:6.2f} s, peak {megabytes:,.0f} MB")
-    print(
-        f"read_labels is {medians['pandas'][0] / medians['read_labels'][0]:.1f} times as fast (claim: 20 or more), memory claim: under 600 MB"
-    )
+    ratio = medians["pandas"][0] / medians["read_labels"][0]
+    print(f"read_labels is {ratio:.1f} times as fast (claim: 20 or more), memory claim: under 600 MB")
 
 
 def main():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEIGHBORS', 'COHORT_COLUMNS', 'join_labels', 'find_neighbors', 'assign_folds', 'plot_brain_fraction',
-           'read_exclusions', 'flow_table', 'plot_flow', 'build_cohort', 'make_cohort', 'fold_table']
+           'read_exclusions', 'build_cohort', 'flow_table', 'plot_flow', 'fold_table', 'make_cohort']
 
 # %% ../nbs/09_cohort.ipynb #09-002
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import InputError, project_dir, save_figure, save_table, stage_file
+from .core import InputError, project_dir, read_stage, save_figure, save_table
 from .labels import LABELS, undersample
 from .cache import SHARD_ROWS
 
@@ -25,12 +25,10 @@ def join_labels(
     good = slices[slices["error"].isna()].drop_duplicates("SOPInstanceUID")
     joined = good.merge(labels, left_on="SOPInstanceUID", right_index=True, how="inner")
     if joined.empty:
-        raise InputError(
-            f"none of the {len(slices):,} DICOM files ({len(good):,} readable) has a label among {len(labels):,}: do the label CSV and the folder belong together?"
-        )
-    return joined.sort_values(
-        ["PatientID", "StudyInstanceUID", "SeriesInstanceUID", "z_mm", "SOPInstanceUID"], ignore_index=True
-    )
+        what = f"none of the {len(slices):,} DICOM files ({len(good):,} readable) has a label among {len(labels):,}"
+        raise InputError(f"{what}: do the label CSV and the folder belong together?")
+    order = ["PatientID", "StudyInstanceUID", "SeriesInstanceUID", "z_mm", "SOPInstanceUID"]
+    return joined.sort_values(order, ignore_index=True)
 
 # %% ../nbs/09_cohort.ipynb #09-010
 NEIGHBORS = {"previous_2": -2, "previous": -1, "next": 1, "next_2": 2}
@@ -40,23 +38,18 @@ def find_neighbors(
     slices: pd.DataFrame,  # a row per DICOM file
 ) -> pd.DataFrame:  # index SOPInstanceUID; position (0 at the lowest z), address and four neighbors' addresses (int64)
     "Where each readable slice and its neighbors are in the cache: address = shard * SHARD_ROWS + row."
-    good = (
-        slices[slices["error"].isna()]
-        .drop_duplicates("SOPInstanceUID")
-        .sort_values(["SeriesInstanceUID", "z_mm", "SOPInstanceUID"])
-    )
-    series = good["SeriesInstanceUID"].to_numpy()
-    starts = np.flatnonzero(np.r_[True, series[1:] != series[:-1]]) if len(good) else np.array([], int)
-    sizes = np.diff(np.r_[starts, len(good)])
-    first, last = np.repeat(starts, sizes), np.repeat(starts + sizes - 1, sizes)
-    i = np.arange(len(good))
+    good = slices[slices["error"].isna()].drop_duplicates("SOPInstanceUID")
+    good = good.sort_values(["SeriesInstanceUID", "z_mm", "SOPInstanceUID"])
+    series = good.groupby("SeriesInstanceUID", sort=False, dropna=False)["SOPInstanceUID"]
+    i, position = np.arange(len(good)), series.cumcount().to_numpy("int64")
+    first = i - position
+    last = first + series.transform("size").to_numpy("int64") - 1
     address = good["shard"].to_numpy("int64") * SHARD_ROWS + good["row"].to_numpy("int64")
-    columns = {name: address[np.clip(i + step, first, last)] for name, step in NEIGHBORS.items()}
-    return pd.DataFrame(
-        {"position": (i - first).astype("int32"), "address": address, **columns}, index=pd.Index(good["SOPInstanceUID"])
-    )
+    neighbors = {name: address[np.clip(i + step, first, last)] for name, step in NEIGHBORS.items()}
+    table = {"position": position.astype("int32"), "address": address, **neighbors}
+    return pd.DataFrame(table, index=pd.Index(good["SOPInstanceUID"]))
 
-# %% ../nbs/09_cohort.ipynb #09-014
+# %% ../nbs/09_cohort.ipynb #09-015
 def assign_folds(
     cohort: pd.DataFrame,  # PatientID and six label columns
     n_folds: int = 5,  # 2 to 100
@@ -72,7 +65,7 @@ def assign_folds(
     fold = pd.Series(np.arange(len(patients)) % n_folds, index=patients.index[order])
     return cohort["PatientID"].map(fold).astype("int8").rename("fold")
 
-# %% ../nbs/09_cohort.ipynb #09-020
+# %% ../nbs/09_cohort.ipynb #09-021
 def plot_brain_fraction(
     cohort: pd.DataFrame,  # brain_fraction and any
     min_brain_fraction: float,  # the threshold to draw
@@ -82,95 +75,30 @@ def plot_brain_fraction(
 
     fig, ax = plt.subplots()
     bins = np.linspace(0, max(0.4, cohort["brain_fraction"].max()), 41)
-    for value, name in ((0, "no hemorrhage"), (1, "hemorrhage")):
+    for value, name, color in ((0, "no hemorrhage", "#999999"), (1, "hemorrhage", "#D55E00")):
         x = cohort.loc[cohort["any"] == value, "brain_fraction"]
-        ax.hist(
-            x, bins=bins, histtype="step", lw=1.8, label=f"{name} (n = {len(x):,})", color=("#999999", "#D55E00")[value]
-        )
+        ax.hist(x, bins=bins, histtype="step", lw=1.8, label=f"{name} (n = {len(x):,})", color=color)
     ax.axvline(min_brain_fraction, color="black", ls=":", lw=1)
-    ax.set(
-        xlabel="brain fraction: share of pixels in 0 to 80 HU",
-        ylabel="slices",
-        title=f"Training keeps slices right of {min_brain_fraction:g}",
-    )
+    title = f"Training keeps slices right of {min_brain_fraction:g}"
+    ax.set(xlabel="brain fraction: share of pixels in 0 to 80 HU", ylabel="slices", title=title)
     ax.legend()
     return fig
 
-# %% ../nbs/09_cohort.ipynb #09-022
+# %% ../nbs/09_cohort.ipynb #09-023
 def read_exclusions(
     csv: str | Path | None = None,  # columns id, reason; the project's data/exclusions.csv by default
 ) -> pd.Series:  # index id, values reason
     "Known bad slices and why they are left out."
     return pd.read_csv(csv or project_dir() / "data" / "exclusions.csv", comment="#", index_col="id")["reason"]
 
-# %% ../nbs/09_cohort.ipynb #09-025
-def flow_table(
-    labels: pd.DataFrame,  # all labels
-    slices: pd.DataFrame,  # all files
-    cohort: pd.DataFrame,  # as `make_cohort` gives it
-) -> pd.DataFrame:  # index step; slices, patients (null where unknown), positives (any=1)
-    "What is left after each step, from the labels to the training sample."
-    ids = slices["SOPInstanceUID"].fillna(
-        slices["file"].str.rpartition(".")[0]
-    )  # an unreadable file has its name alone
-    has_file = labels[labels.index.isin(ids)]
-    steps = {
-        "labelled": (len(labels), None, labels["any"].sum()),
-        "with a file": (len(has_file), None, has_file["any"].sum()),
-    }
-    kept = {
-        "readable, not excluded": slice(None),
-        "after cleaning": cohort["clean"],
-        "after undersampling": cohort["in_sample"],
-    }
-    for name, rows in kept.items():
-        part = cohort.loc[rows]
-        steps[name] = (len(part), part["PatientID"].nunique(), part["any"].sum())
-    return (
-        pd.DataFrame.from_dict(steps, orient="index", columns=["slices", "patients", "positives"])
-        .astype("Int64")
-        .rename_axis("step")
-    )
-
 # %% ../nbs/09_cohort.ipynb #09-026
-def plot_flow(
-    flow: pd.DataFrame,  # as `flow_table` gives it
-):  # matplotlib Figure
-    "The flow table as bars, slices with hemorrhage in color."
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(6.4, 2.4))
-    ax.barh(flow.index, flow["slices"].astype(float), color="#cccccc", label="all")
-    ax.barh(flow.index, flow["positives"].astype(float), color=("#D55E00"), label="with hemorrhage")
-    for y, (n, k) in enumerate(zip(flow["slices"], flow["positives"], strict=True)):
-        ax.text(n, y, f" {n:,} ({k:,})", va="center", fontsize=9)
-    ax.invert_yaxis()
-    ax.set(xlabel="slices", xlim=(0, max(1, flow["slices"].max()) * 1.25))
-    ax.legend(loc="lower right")
-    return fig
-
-# %% ../nbs/09_cohort.ipynb #09-028
 COHORT_COLUMNS = (
-    "SOPInstanceUID",
-    "PatientID",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    *LABELS,
-    "fold",
-    "position",
-    "z_mm",
-    "shard",
-    "row",
-    "address",
-    *NEIGHBORS,
-    "brain_fraction",
-    "BitsStored",
-    "PixelRepresentation",
-    "clean",
-    "in_sample",
+    *("SOPInstanceUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", *LABELS, "fold", "position", "z_mm"),
+    *("shard", "row", "address", *NEIGHBORS, "brain_fraction", "BitsStored", "PixelRepresentation"),
+    *("clean", "in_sample"),
 )
 
-# %% ../nbs/09_cohort.ipynb #09-029
+# %% ../nbs/09_cohort.ipynb #09-027
 def build_cohort(
     labels: pd.DataFrame,  # index SOPInstanceUID, six label columns
     slices: pd.DataFrame,  # a row per DICOM file
@@ -180,7 +108,7 @@ def build_cohort(
     min_brain_fraction: float = 0.02,  # for training slices
     exclusions: pd.Series | None = None,  # index SOPInstanceUID; those of data/exclusions.csv by default
 ) -> pd.DataFrame:  # columns COHORT_COLUMNS, a row per labelled, readable slice
-    "Labels, files, folds and neighbors in one table. `clean` and `in_sample` mark training slices; evaluation uses all rows."
+    "Labels, files, folds and neighbors; `clean` and `in_sample` mark slices for training, evaluation uses all rows."
     excluded = read_exclusions() if exclusions is None else exclusions
     cohort = join_labels(labels, slices[~slices["SOPInstanceUID"].isin(excluded.index)])
     cohort = cohort.merge(find_neighbors(slices), left_on="SOPInstanceUID", right_index=True, how="left")
@@ -190,7 +118,56 @@ def build_cohort(
     cohort.loc[cohort["clean"], "in_sample"] = undersample(cohort[cohort["clean"]], seed)
     return cohort[list(COHORT_COLUMNS)]
 
-# %% ../nbs/09_cohort.ipynb #09-030
+# %% ../nbs/09_cohort.ipynb #09-032
+def flow_table(
+    labels: pd.DataFrame,  # all labels
+    slices: pd.DataFrame,  # all files
+    cohort: pd.DataFrame,  # as `build_cohort` gives it
+) -> pd.DataFrame:  # index step; slices, patients (null where unknown), positives (any=1)
+    "What is left after each step, from the labels to the training sample."
+    ids = slices["SOPInstanceUID"].fillna(slices["file"].str.rpartition(".")[0])  # an unreadable file has only a name
+    steps = {
+        "labelled": labels,
+        "with a file": labels[labels.index.isin(ids)],
+        "readable, not excluded": cohort,
+        "after cleaning": cohort[cohort["clean"]],
+        "after undersampling": cohort[cohort["in_sample"]],
+    }
+    patients = [t["PatientID"].nunique() if "PatientID" in t else None for t in steps.values()]
+    counts = {
+        "slices": map(len, steps.values()),
+        "patients": patients,
+        "positives": [t["any"].sum() for t in steps.values()],
+    }
+    return pd.DataFrame(counts, index=pd.Index(steps, name="step")).astype("Int64")
+
+# %% ../nbs/09_cohort.ipynb #09-034
+def plot_flow(
+    flow: pd.DataFrame,  # as `flow_table` gives it
+):  # matplotlib Figure
+    "The flow table as bars, slices with hemorrhage in color."
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6.4, 3))
+    ax.barh(flow.index, flow["slices"].astype(float), color="#cccccc", label="slices")
+    ax.barh(flow.index, flow["positives"].astype(float), color="#D55E00", label="with hemorrhage")
+    for y, (n, k) in enumerate(zip(flow["slices"], flow["positives"], strict=True)):
+        ax.text(n, y, f" {n:,} ({k:,})", va="center")
+    ax.invert_yaxis()
+    ax.set(xlabel="slices (with hemorrhage)", xlim=(0, max(1, flow["slices"].max()) * 1.25))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return fig
+
+# %% ../nbs/09_cohort.ipynb #09-037
+def fold_table(
+    cohort: pd.DataFrame,  # as `build_cohort` gives it
+) -> pd.DataFrame:  # index fold; slices, patients, and positives per label
+    "What each fold holds."
+    by_fold = cohort.groupby("fold")
+    sizes = pd.DataFrame({"slices": by_fold.size(), "patients": by_fold["PatientID"].nunique()})
+    return sizes.join(by_fold[list(LABELS)].sum().astype("int64"))
+
+# %% ../nbs/09_cohort.ipynb #09-040
 def make_cohort(
     run_dir: str | Path,  # with labels.parquet and slices.parquet
     *,
@@ -198,11 +175,11 @@ def make_cohort(
     seed: int = 42,  # of folds and undersampling
     min_brain_fraction: float = 0.02,  # for training slices
 ) -> pd.DataFrame:  # columns COHORT_COLUMNS
-    "Write cohort.parquet, the flow and fold tables and their figures into `run_dir`. Raises `InputError` where labels and files do not meet."
+    "Write cohort.parquet, the flow, the folds and two figures. Raises `InputError` where labels and files do not meet."
     import matplotlib.pyplot as plt
 
     run_dir = Path(run_dir)
-    labels, slices = (pd.read_parquet(stage_file(run_dir, name)) for name in ("labels.parquet", "slices.parquet"))
+    labels, slices = read_stage(run_dir, "labels.parquet"), read_stage(run_dir, "slices.parquet")
     cohort = build_cohort(labels, slices, n_folds=n_folds, seed=seed, min_brain_fraction=min_brain_fraction)
     flow = flow_table(labels, slices, cohort)
     save_table(cohort, run_dir / "cohort.parquet")
@@ -212,12 +189,3 @@ def make_cohort(
         save_figure(fig, run_dir / "figures" / f"{name}.svg")
         plt.close(fig)
     return cohort
-
-# %% ../nbs/09_cohort.ipynb #09-032
-def fold_table(
-    cohort: pd.DataFrame,  # as `build_cohort` gives it
-) -> pd.DataFrame:  # index fold; slices, patients, and positives per label
-    "What each fold holds."
-    by_fold = cohort.groupby("fold")
-    sizes = pd.DataFrame({"slices": by_fold.size(), "patients": by_fold["PatientID"].nunique()})
-    return sizes.join(by_fold[list(LABELS)].sum().astype("int64"))

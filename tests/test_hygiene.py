@@ -174,3 +174,12 @@ def test_wheel_installs_in_an_empty_environment(tmp_path):
     where = run(python, "-c", "import ich_fastai; print(ich_fastai.__file__)", cwd=tmp_path)
     assert str(tmp_path) in where, "the installed wheel is what ran"
     assert "No broken requirements" in run(python, "-m", "pip", "check", cwd=tmp_path)
+
+
+def test_no_stage_stands_on_the_fixtures():
+    modules = {
+        p.stem: p.read_text() for p in (PROJECT / "ich_fastai").glob("*.py") if p.stem not in ("tiny", "_modidx")
+    }
+    assert len(modules) > 20 and not [
+        m for m, text in modules.items() if re.search(r"import tiny\b|\btiny import", text)
+    ]
