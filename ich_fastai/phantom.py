@@ -11,9 +11,7 @@ __all__ = ['MIN_AREA_MM2', 'P_STUDY', 'P_TYPE', 'PRIMARY', 'SLICES', 'NEEDS', 'P
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -26,7 +24,7 @@ import numpy as np
 import pandas as pd
 from fastcore.script import call_parse
 
-from .core import InputError, data_note, save_json
+from .core import InputError, count_cores, data_note, end_with_parent, save_json
 from .labels import LABELS, SUBTYPES
 from .head import VERSION, Head, draw_head, make_rng
 from .bleeding import draw_bleed
@@ -175,32 +173,22 @@ def write_patient(
     return rows
 
 # %% ../nbs/06_phantom.ipynb #06-028
-def _end_with_parent() -> None:
-    "Start a thread that ends this worker process when its parent is gone, so that a killed run leaves nobody writing."
-
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-# %% ../nbs/06_phantom.ipynb #06-029
 def _run_patients(work: Callable[[Patient], list[dict]], patients: list[Patient], workers: int) -> Iterator[list[dict]]:
     "Yield each patient's rows, in the order of `patients`, from `workers` processes."
     if workers == 1:
         yield from map(work, patients)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
         yield from pool.map(work, patients)
 
-# %% ../nbs/06_phantom.ipynb #06-031
+# %% ../nbs/06_phantom.ipynb #06-030
 def _write_labels(f, rows: list[dict]) -> None:
     "Append label rows in RSNA's long form."
     for row in rows:
         f.writelines(f"{row['SOPInstanceUID']}_{label},{row[label]}\n" for label in LABELS)
 
-# %% ../nbs/06_phantom.ipynb #06-033
+# %% ../nbs/06_phantom.ipynb #06-032
 def _write_tables(folder: Path, patients: Iterable[list[dict]]) -> dict[str, int]:
     "Write the label CSV and truth.parquet, a row group per patient, from each patient's rows; counts."
     import pyarrow as pa
@@ -222,12 +210,12 @@ def _write_tables(folder: Path, patients: Iterable[list[dict]]) -> dict[str, int
         writer.close()
     return counts
 
-# %% ../nbs/06_phantom.ipynb #06-036
+# %% ../nbs/06_phantom.ipynb #06-035
 def is_phantom(data_dir: str | Path) -> bool:  # a dataset's folder
     "Is the dataset synthetic?"
     return bool(data_note(data_dir))
 
-# %% ../nbs/06_phantom.ipynb #06-037
+# %% ../nbs/06_phantom.ipynb #06-036
 def holds_phantom(data_dir: str | Path, about: dict) -> bool:  # as `describe_phantom` gives it
     "Is this very phantom there?"
     if not is_phantom(data_dir):
@@ -235,7 +223,7 @@ def holds_phantom(data_dir: str | Path, about: dict) -> bool:  # as `describe_ph
     made = json.loads((Path(data_dir) / "phantom.json").read_text())
     return {k: made.get(k) for k in about} == about
 
-# %% ../nbs/06_phantom.ipynb #06-039
+# %% ../nbs/06_phantom.ipynb #06-038
 def describe_phantom(
     out_dir: str | Path,  # for the messages
     n_patients: int = 80,
@@ -262,7 +250,7 @@ def describe_phantom(
     about = dict(synthetic=True, version=VERSION, seed=seed, n_patients=n_patients, prevalence=prevalence)
     return about | dict(slices_per_series=slices, shortcut=shortcut, compress=compress)
 
-# %% ../nbs/06_phantom.ipynb #06-042
+# %% ../nbs/06_phantom.ipynb #06-041
 def _write_phantom(out_dir: Path, about: dict, workers: int, progress: bool) -> None:
     "Write the phantom that `about` describes beside `out_dir`, and rename it. Raises `InputError` for a full disk."
     from tqdm import tqdm
@@ -286,7 +274,7 @@ def _write_phantom(out_dir: Path, about: dict, workers: int, progress: bool) -> 
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/06_phantom.ipynb #06-043
+# %% ../nbs/06_phantom.ipynb #06-042
 def make_phantom(
     out_dir: str | Path,  # the dataset's folder; made, and left alone where the same phantom is there already
     n_patients: int = 80,
@@ -307,11 +295,10 @@ def make_phantom(
         return out_dir
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise InputError(f"{out_dir}: holds something else; delete it or choose another folder")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    _write_phantom(out_dir, about, workers or min(cores, n_patients), progress)
+    _write_phantom(out_dir, about, workers or min(count_cores(), n_patients), progress)
     return out_dir
 
-# %% ../nbs/06_phantom.ipynb #06-045
+# %% ../nbs/06_phantom.ipynb #06-044
 def read_mask(
     data_dir: str | Path,  # a phantom
     sop_instance_uid: str,
@@ -326,7 +313,7 @@ def read_mask(
     truth = pd.read_parquet(data_dir / "truth.parquet", columns=["SOPInstanceUID", "traps"]).set_index("SOPInstanceUID")
     return np.zeros((640, 540) if "odd_size" in truth.loc[sop_instance_uid, "traps"] else (512, 512), np.uint8)
 
-# %% ../nbs/06_phantom.ipynb #06-048
+# %% ../nbs/06_phantom.ipynb #06-047
 @call_parse
 def ich_phantom(
     out_dir: str,  # folder of the new dataset

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from .core import InputError
 from .labels import SUBTYPES
-from .dicom import EXPLICIT_LE, IMPLICIT_LE
 from .head import GRID, HU, Head, double_size, paint, share_inside, smooth_field
 from .bleeding import Bleed, draw_plane
 
@@ -281,10 +281,10 @@ def write_slice(
     "Write a slice as a DICOM file, little endian. Raises `InputError` where its pixels cannot be compressed."
     meta = FileMetaDataset()
     meta.FileMetaInformationGroupLength, meta.FileMetaInformationVersion = 0, b"\0\1"
-    meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
+    meta.MediaStorageSOPClassUID = CTImageStorage
     number = int(hashlib.sha256(path.stem.encode()).hexdigest()[:30], 16) + 2**119  # always as many digits
     meta.MediaStorageSOPInstanceUID = f"2.25.{number}"
-    meta.TransferSyntaxUID = IMPLICIT_LE if series.implicit else EXPLICIT_LE
+    meta.TransferSyntaxUID = ImplicitVRLittleEndian if series.implicit else ExplicitVRLittleEndian
     meta.ImplementationClassUID = "2.25.80302813137786398554742050926734630921"
     stored, intercept = _stored_pixels(hu, series)
     with pydicom.config.disable_value_validation():  # ID_... is no valid UID, as in RSNA's files
