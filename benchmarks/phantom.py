@@ -1,8 +1,10 @@
-"""How fast the phantom is made, what solves it (the header alone, simple rules, a small network), how near it is to real slices, and what a network makes of those
-that has seen only the phantom.
+"""How fast the phantom is made, what solves it, how near it is to real slices, and what a network makes of those.
 
-Usage: python benchmarks/phantom.py [--patients 160] [--epochs 24] [--real FOLDER that holds rsna/, or env ICH_REAL_DATA]
-Scores on the phantom are out of fold, split by patient; intervals are 95%, bootstrap by patient. Real slices are scored by the mean of the folds' networks.
+What solves it: the header alone, simple rules, a small network. That network has seen only the phantom.
+
+Usage: python benchmarks/phantom.py [--patients 160] [--epochs 24] [--real FOLDER]
+FOLDER holds rsna/; the environment's ICH_REAL_DATA by default. Scores on the phantom are out of fold, split by patient;
+intervals are 95%, bootstrap by patient. Real slices are scored by the mean of the folds' networks.
 """
 
 import argparse
@@ -26,20 +28,20 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from ich_fastai.dicom import read_slice
 from ich_fastai.labels import LABELS, read_labels
 from ich_fastai.phantom import make_phantom
 
 BINS = np.arange(-20, 102, 2)  # HU
 
 
-def hu_of(ds, trap=""):
-    "HU (H, W) int16 of a readable slice; the wrapped intercept repaired."
-    hu = ds.pixel_array.astype(np.int32) * int(float(ds.RescaleSlope)) + int(float(ds.RescaleIntercept))
-    return ((hu + 1000) % 4096 - 1000 if "wrapped" in trap else np.clip(hu, -1024, 3071)).astype(np.int16)
+def read_hu(path):
+    "HU (H, W) int16 of a readable slice, what lies outside of the usual range cut off."
+    return np.clip(read_slice(path)[0], -1024, 3071)
 
 
 def noise_of(hu):
-    "Noise (HU): the median local standard deviation (7 x 7) where the whole neighborhood is soft tissue of 0 to 80 HU; nan where that is little."
+    "Noise, HU: the median local standard deviation (7 x 7) inside tissue of 0 to 80 HU; nan where that is little."
     x = np.clip(hu, -100, 200).astype(np.float32)
     inside = cv2.erode(((x > 0) & (x < 80)).astype(np.uint8), np.ones((7, 7), np.uint8)) > 0
     variance = cv2.blur(x * x, (7, 7)) - cv2.blur(x, (7, 7)) ** 2
@@ -47,7 +49,7 @@ def noise_of(hu):
 
 
 def looks_of(ds, hu):
-    "What real and synthetic slices are compared by: brain fraction (share of pixels in 0 to 80 HU), noise (HU), position (mm) in the series."
+    "What real and synthetic slices are compared by: position, mm; brain fraction, share of 0 to 80 HU; noise, HU."
     return dict(
         series=ds.SeriesInstanceUID,
         z_mm=float(ds.ImagePositionPatient[2]),
@@ -64,7 +66,7 @@ def read_all(data):
     for row in truth.itertuples():
         path = data / "stage_1_train_images" / f"{row.SOPInstanceUID}.dcm"
         ds = pydicom.dcmread(path)
-        hu = hu_of(ds, row.traps)
+        hu = read_hu(path)
         small.append(cv2.resize(hu, (96, 96), interpolation=cv2.INTER_AREA))
         histograms.append(np.histogram(hu, BINS)[0] * float(ds.PixelSpacing[0]) ** 2)
         headers.append(
@@ -79,7 +81,7 @@ def read_real(folder):
     labels, small, looks = read_labels(folder / "stage_1_train.csv.gz"), [], []
     for path in sorted((folder / "stage_1_train_images").glob("*.dcm")):
         ds = pydicom.dcmread(path)
-        hu = hu_of(ds)
+        hu = read_hu(path)
         small.append(cv2.resize(hu, (96, 96), interpolation=cv2.INTER_AREA))
         looks.append(looks_of(ds, hu) | labels.loc[path.stem].to_dict())
     return np.stack(small), pd.DataFrame(looks)
@@ -116,16 +118,14 @@ def show_aucs(scores, y, patients):
         for name, score in scores.items()
     }
     best = list(scores)[-1]
+    print(f"n {len(y)}, {y.sum()} positive, {len(set(patients))} patients")
     for name, score in scores.items():
-        low, high = np.quantile(drawn[name], (0.025, 0.975))
-        print(
-            f"{name:40s} AUC any {roc_auc_score(y, score):.3f} [{low:.3f}, {high:.3f}]  n {len(y)}, {y.sum()} positive, {len(set(patients))} patients"
-        )
+        auc, (low, high) = roc_auc_score(y, score), np.quantile(drawn[name], (0.025, 0.975))
+        print(f"{name:40s} AUC any {auc:.3f} [{low:.3f}, {high:.3f}]")
         if name != best:
+            gap = roc_auc_score(y, scores[best]) - auc
             low, high = np.quantile(drawn[best] - drawn[name], (0.025, 0.975))
-            print(
-                f"{'':40s} the network is above it by {roc_auc_score(y, scores[best]) - roc_auc_score(y, score):.3f} [{low:.3f}, {high:.3f}]"
-            )
+            print(f"{'':40s} the network is above it by {gap:.3f} [{low:.3f}, {high:.3f}]")
 
 
 class Network(torch.nn.Module):
@@ -197,29 +197,25 @@ def below_top(looks):
 
 def compare_looks(x, looks, x_real, real):
     "Print the distances between the phantom and the real slices: HU, brain fraction by position, noise."
-    print(
-        f"\nHU histogram 0 to 80 HU at 96 px: total variation distance to {len(real)} real slices {total_variation(x, x_real):.3f}"
-    )
+    distance = total_variation(x, x_real)
+    print(f"\nHU histogram 0 to 80 HU at 96 px: total variation distance to {len(real)} real slices {distance:.3f}")
     one = real[real.groupby("series")["series"].transform("size") > 1]
     bins = np.arange(-10, 151, 20)
     ours, theirs = (t.groupby(pd.cut(below_top(t), bins), observed=False).brain for t in (looks, one))
-    table = pd.DataFrame(
-        dict(phantom=ours.mean(), low=ours.quantile(0.1), high=ours.quantile(0.9), real=theirs.mean())
-    ).dropna()
+    table = dict(phantom=ours.mean(), low=ours.quantile(0.1), high=ours.quantile(0.9), real=theirs.mean())
+    table = pd.DataFrame(table).dropna()
     print(
-        f"brain fraction by mm below the highest brain slice: mean absolute difference to {one.series.nunique()} real series"
-        f" {(table.phantom - table.real).abs().mean():.3f}; low and high are the phantom's 10th and 90th percentile"
+        f"brain fraction by mm below the highest brain slice, beside {one.series.nunique()} real series: mean absolute"
+    )
+    print(
+        f"difference {(table.phantom - table.real).abs().mean():.3f}; low and high: the phantom's quantiles .1 and .9"
     )
     print(table.round(3).to_string())
     a, b = looks.noise.dropna(), real.noise.dropna()
-    print(
-        "noise, HU, median [10th, 90th percentile]: "
-        + ", ".join(
-            f"{name} {v.median():.2f} [{v.quantile(0.1):.2f}, {v.quantile(0.9):.2f}] (n {len(v)})"
-            for name, v in (("phantom", a), ("real", b))
-        )
-        + f"; Kolmogorov-Smirnov distance {ks_2samp(a, b).statistic:.3f}"
-    )
+    print("noise, HU, median [10th, 90th percentile]")
+    for name, v in (("phantom", a), ("real", b)):
+        print(f"  {name} {v.median():.2f} [{v.quantile(0.1):.2f}, {v.quantile(0.9):.2f}] (n {len(v)})")
+    print(f"  Kolmogorov-Smirnov distance {ks_2samp(a, b).statistic:.3f}")
 
 
 def show_transfer(scores, real):
@@ -242,9 +238,7 @@ def show_transfer(scores, real):
         names = ", ".join(s for s in LABELS[:-1] if getattr(row, s))
         print(f"  {row.z_mm:7.1f} mm {row.p:.2f} {'#' * round(row.p * 40):40s} {names}")
     single = p[(size == 1).to_numpy()]
-    print(
-        f"  the {len(single)} single slices, all without bleeding: p(any) {' '.join(f'{v:.2f}' for v in np.sort(single))}"
-    )
+    print(f"  the {len(single)} single slices, all without bleeding: p(any)", *(f"{v:.2f}" for v in np.sort(single)))
 
 
 def main():
@@ -262,9 +256,9 @@ def main():
         cores = len(os.sched_getaffinity(0))
         print(f"{len(truth)} slices, {args.patients} patients, any {truth['any'].mean():.3f}")
         used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-        print(
-            f"made in {seconds:.1f} s, {len(truth) / seconds / cores:.1f} slices/s/core on {cores} cores; {len(truth) / used:.1f} a second of processor time"
-        )
+        speed = len(truth) / seconds / cores
+        print(f"made in {seconds:.1f} s, {speed:.1f} slices/s/core on {cores} cores")
+        print(f"{len(truth) / used:.1f} slices a second of processor time")
     y, patients = truth["any"].to_numpy(), truth.PatientID.to_numpy()
     folds = list(GroupKFold(4).split(x, y, patients))
     blood = histograms[:, (BINS[:-1] >= 50) & (BINS[:-1] < 90)].sum(1)
