@@ -114,9 +114,9 @@ def walk_header(
     found, end = find_elements(data, start, syntax == IMPLICIT_LE) or ({}, 0)
     if "PixelData" not in found or "ModalityLUTSequence" in found or end != len(data):
         return None
-    pixels, head = found.pop("PixelData"), bytes(data[:end])
+    pixels = found.pop("PixelData")
     try:
-        values = {k: parse_value(head[found[k]], vr) for k, vr in TAGS.values() if k in found}
+        values = {k: parse_value(bytes(data[found[k]]), vr) for k, vr in TAGS.values() if k in found}
     except (ValueError, struct.error):
         return None
     header = Header(**{k: v for k, v in values.items() if v is not None})
