@@ -33,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ich_fastai.cache import open_cache
 from ich_fastai.cohort import make_cohort
-from ich_fastai.batches import Place, Settings, named_windows, slice_loaders, training_rows
+from ich_fastai.batches import Place, Settings, named_windows, slice_loaders
+from ich_fastai.cohort import training_rows
 from ich_fastai.core import read_stage
 from ich_fastai.dicom import window
 from ich_fastai.ingest import ingest

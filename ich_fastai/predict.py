@@ -19,8 +19,8 @@ from .core import InputError, save_table
 from .labels import LABELS, LABEL_COLORS
 from .cache import SHARD_ROWS, Decoder, make_table, printable, read_row
 from .ingest import mark_duplicates
-from .cohort import find_neighbors
-from .batches import input_addresses, resize_hu, to_input
+from .cohort import find_neighbors, input_addresses
+from .batches import resize_hu, to_input
 from .model import Model, load_model
 from .calibrate import LOGITS, calibrate, to_logits
 

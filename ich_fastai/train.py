@@ -36,7 +36,8 @@ from torch.utils._pytree import tree_map
 from .core import COLORS, InputError, read_stage, save_figure, save_table, stage_file, write_file
 from .labels import LABELS, SUBTYPES
 from .cache import read_size
-from .batches import Settings, find_place, slice_loaders, training_rows
+from .cohort import training_rows
+from .batches import Settings, find_place, slice_loaders
 from .model import build_model, loss_weights, make_card, make_loss, save_model, share_norms
 
 # %% ../nbs/12_train.ipynb #12-008

@@ -9,8 +9,9 @@ import torch
 
 from ich_fastai.cache import open_cache
 from ich_fastai.tiny import tiny_cohort
-from ich_fastai.batches import ALONE, Augment, Place, Settings, SliceBatches, epoch_order, input_addresses
-from ich_fastai.batches import named_windows, resize_hu, slice_loaders, to_input, training_rows
+from ich_fastai.batches import ALONE, Augment, Place, Settings, SliceBatches, epoch_order
+from ich_fastai.batches import named_windows, resize_hu, slice_loaders, to_input
+from ich_fastai.cohort import input_addresses, training_rows
 from ich_fastai.core import InputError
 from ich_fastai.labels import LABELS
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from ich_fastai import train
 from ich_fastai.tiny import tiny_cohort
-from ich_fastai.batches import Settings, SliceBatches, named_windows, slice_loaders, training_rows
+from ich_fastai.batches import Settings, SliceBatches, named_windows, slice_loaders
+from ich_fastai.cohort import training_rows
 from ich_fastai.core import InputError, read_stage
 from ich_fastai.labels import LABELS
 from ich_fastai.metrics import weighted_log_loss
