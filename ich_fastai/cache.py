@@ -5,20 +5,15 @@
 # %% auto #0
 __all__ = ['TAGS', 'EXPLICIT_LE', 'IMPLICIT_LE', 'DECODE_SECONDS', 'DECODE_BYTES', 'COLUMNS', 'SCHEMA', 'SHARD_ROWS',
            'NPY_HEADER', 'find_elements', 'parse_value', 'walk_header', 'clear_unused_bits', 'add_intercept',
-           'count_brain', 'read_plain', 'read_into', 'serve_decoder', 'Decoder', 'resize_slice', 'printable',
-           'read_row', 'make_table', 'shard_paths', 'write_shard', 'read_shard', 'save_settings', 'read_size', 'Cache',
-           'open_cache']
+           'count_brain', 'read_plain', 'read_into', 'Decoder', 'resize_slice', 'printable', 'read_row', 'make_table',
+           'shard_paths', 'write_shard', 'read_shard', 'save_settings', 'read_size', 'Cache', 'open_cache']
 
 # %% ../nbs/07_cache.ipynb #07-002
 import json
 import os
 import struct
-import subprocess
-import sys
-from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from mmap import mmap
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 import cv2
@@ -27,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow.parquet import write_table
 
-from .core import InputError, save_json, write_file
+from .core import Helper, InputError, save_json, write_file
 from .dicom import DicomError, Header, SliceRecord
 from .dicom import brain_fraction, check_header, convert_slice, open_file, read_slice, rescale
 
@@ -196,48 +191,11 @@ def read_into(
 DECODE_SECONDS, DECODE_BYTES = 60, 4 << 30  # what one file may take
 
 
-def serve_decoder(
-    fd: int,  # of the pipe to the parent
-) -> None:
-    "Answer each file's bytes with HU and record, or with the reason as text. The helper process runs this."
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (DECODE_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    with Connection(fd) as pipe:
-        while True:
-            try:
-                pipe.send(read_slice(pipe.recv_bytes()))
-            except DicomError as e:
-                pipe.send(str(e))
-            except EOFError:  # the pipe is closed
-                return
-
-# %% ../nbs/07_cache.ipynb #07-033
-class Decoder(AbstractContextManager):
-    "`read_slice` on bytes: plain files here, all others in a helper process that is started when first needed."
+class Decoder(Helper):
+    "`read_slice` on bytes: plain files here, all others in a helper process."
 
     def __init__(self):
-        self.process = self.pipe = None
-
-    def close(self, *_) -> None:
-        "End the helper process."
-        if self.process:
-            self.pipe.close()
-            self.process.kill()
-            self.process.wait()
-            self.process = self.pipe = None
-
-    __exit__ = close
-
-    def _start(self) -> None:
-        "Start the helper process."
-        import ich_fastai
-
-        self.pipe, theirs = Pipe()
-        code = "import sys; sys.path[0] = sys.argv[1]; import ich_fastai.cache as c; c.serve_decoder(int(sys.argv[2]))"
-        command = [sys.executable, "-c", code, str(Path(ich_fastai.__file__).parents[1]), str(theirs.fileno())]
-        with theirs, open(os.devnull, "r+b") as null:  # the decoders chatter
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=null, stdout=null, stderr=null)
+        super().__init__(read_slice, DECODE_BYTES)
 
     def read(
         self,
@@ -247,22 +205,16 @@ class Decoder(AbstractContextManager):
         plain = read_plain(data, in_place=True)
         if plain is not None:
             return plain
-        if not self.process:
-            self._start()
         try:
-            self.pipe.send_bytes(data)
-            if not self.pipe.poll(DECODE_SECONDS):
-                raise TimeoutError
-            answer = self.pipe.recv()
+            return self(data, DECODE_SECONDS)
+        except DicomError:
+            raise
+        except TimeoutError as e:
+            raise DicomError(f"cannot be decoded: the decoder took more than {DECODE_SECONDS} s") from e
         except (EOFError, OSError) as e:
-            self.close()
-            what = f"took more than {DECODE_SECONDS} s" if isinstance(e, TimeoutError) else "crashed"
-            raise DicomError(f"cannot be decoded: the decoder {what}") from e
-        if isinstance(answer, str):
-            raise DicomError(answer)
-        return answer
+            raise DicomError("cannot be decoded: the decoder crashed") from e
 
-# %% ../nbs/07_cache.ipynb #07-036
+# %% ../nbs/07_cache.ipynb #07-035
 def resize_slice(
     hu: np.ndarray,  # (H, W) int16 HU
     size: int,  # px
@@ -272,14 +224,14 @@ def resize_slice(
         return hu
     return cv2.resize(hu, (size, size), interpolation=cv2.INTER_AREA if min(hu.shape) >= size else cv2.INTER_LINEAR)
 
-# %% ../nbs/07_cache.ipynb #07-039
+# %% ../nbs/07_cache.ipynb #07-038
 def printable(
     text: str,  # perhaps with bytes that are not UTF-8, as Python keeps them in file names
 ) -> str:
     "The text with such bytes as escapes."
     return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
-# %% ../nbs/07_cache.ipynb #07-041
+# %% ../nbs/07_cache.ipynb #07-040
 def read_row(
     path: str | Path,  # a DICOM file
     size: int,  # px
@@ -296,7 +248,7 @@ def read_row(
     except DicomError as e:
         return None, row | {"error": printable(str(e))}
 
-# %% ../nbs/07_cache.ipynb #07-044
+# %% ../nbs/07_cache.ipynb #07-043
 _KINDS = {str: "string", int: "Int32", float: "float64", bool: "boolean"}
 COLUMNS = {"file": "string"} | {name: _KINDS[kind] for name, kind in SliceRecord.__annotations__.items()}
 COLUMNS |= {"BitsStored": "Int16", "PixelRepresentation": "Int8", "bytes": "Int64", "modified_ns": "Int64"}
@@ -312,7 +264,7 @@ def make_table(
     columns = [pa.array([row.get(f.name) for row in rows], f.type, from_pandas=True) for f in SCHEMA]  # NaN is null
     return pa.table(columns, SCHEMA)
 
-# %% ../nbs/07_cache.ipynb #07-047
+# %% ../nbs/07_cache.ipynb #07-046
 SHARD_ROWS = 1024
 
 
@@ -321,7 +273,7 @@ def shard_paths(cache_dir: str | Path, number: int) -> tuple[Path, Path]:
     stem = Path(cache_dir) / f"shard-{number:05d}"
     return stem.with_suffix(".npy"), stem.with_suffix(".parquet")
 
-# %% ../nbs/07_cache.ipynb #07-049
+# %% ../nbs/07_cache.ipynb #07-048
 NPY_HEADER = 128  # bytes before the pixels in numpy's format
 
 
@@ -332,7 +284,7 @@ def _write_header(file, n: int, size: int) -> None:
     if file.tell() != NPY_HEADER:
         raise RuntimeError(f"numpy's header has {file.tell()} bytes, not {NPY_HEADER}")
 
-# %% ../nbs/07_cache.ipynb #07-051
+# %% ../nbs/07_cache.ipynb #07-049
 def _write_pixels(path: Path, files, size: int, rows: list, tick) -> None:
     "Read the files, write the pixels of the good ones to `path` and append the rows of all to `rows`."
     buffer, n = mmap(-1, 1 << 20), 0  # begins at a page, where the kernel copies much faster than into a bytearray
@@ -347,7 +299,7 @@ def _write_pixels(path: Path, files, size: int, rows: list, tick) -> None:
             tick(row.get("bytes", 0))
         _write_header(f, n, size)
 
-# %% ../nbs/07_cache.ipynb #07-053
+# %% ../nbs/07_cache.ipynb #07-051
 def write_shard(
     files: list[str],  # at most SHARD_ROWS paths in `dicom_dir`
     cache_dir: str | Path,
@@ -369,7 +321,7 @@ def write_shard(
         cv2.setNumThreads(threads)
     return table.select(["file", "bytes", "error"]).to_pandas()
 
-# %% ../nbs/07_cache.ipynb #07-057
+# %% ../nbs/07_cache.ipynb #07-055
 def read_shard(
     cache_dir: str | Path,
     number: int,  # of the shard
@@ -384,14 +336,14 @@ def read_shard(
         return None
     return rows if right else None
 
-# %% ../nbs/07_cache.ipynb #07-062
+# %% ../nbs/07_cache.ipynb #07-058
 def save_settings(cache_dir: str | Path, size: int) -> None:  # px, side of the cached slices
     "Write `cache.json`: what every reader of the cache must know."
     about = {"size": size, "dtype": "int16", "unit": "HU", "shard_rows": SHARD_ROWS}
     about["resize"] = "OpenCV INTER_AREA; INTER_LINEAR where a side grows"
     save_json(about, Path(cache_dir) / "cache.json")
 
-# %% ../nbs/07_cache.ipynb #07-063
+# %% ../nbs/07_cache.ipynb #07-059
 def read_size(cache_dir: str | Path) -> int:  # px, side of the cached slices
     "What `cache.json` says. Raises `InputError` where it cannot be read."
     path = Path(cache_dir) / "cache.json"
@@ -402,7 +354,7 @@ def read_size(cache_dir: str | Path) -> int:  # px, side of the cached slices
             f"{path}: missing or damaged; delete the folder {cache_dir} and run notebook 08_ingest again"
         ) from None
 
-# %% ../nbs/07_cache.ipynb #07-066
+# %% ../nbs/07_cache.ipynb #07-062
 class Cache:
     "The slices of a cache, by address."
 
@@ -433,7 +385,7 @@ class Cache:
             pixels[:] = self._map(shard)[row]
         return out
 
-# %% ../nbs/07_cache.ipynb #07-067
+# %% ../nbs/07_cache.ipynb #07-063
 def open_cache(cache_dir: str | Path) -> Cache:
     "The cache that `ingest` wrote. Raises `InputError` when there is none."
     return Cache(cache_dir)

@@ -5,17 +5,22 @@
 # %% auto #0
 __all__ = ['MAKERS', 'MISSING', 'COLORS', 'InputError', 'project_dir', 'write_file', 'save_json', 'save_table', 'stage_file',
            'read_stage', 'format_number', 'format_table', 'set_style', 'save_figure', 'data_note', 'save_captioned',
-           'count_cores', 'end_with_parent', 'hold_interrupt', 'name_some']
+           'count_cores', 'end_with_parent', 'hold_interrupt', 'serve_function', 'Helper', 'name_some']
 
 # %% ../nbs/00_core.ipynb #00-002
+import importlib
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from fastcore.script import CliError
@@ -226,6 +231,67 @@ def hold_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
 # %% ../nbs/00_core.ipynb #00-046
+def serve_function(module: str, name: str, fd: int, n_bytes: int) -> None:
+    "In the helper process: answer each message with what the function makes of it, or with what it raises."
+    import resource
+
+    function = getattr(importlib.import_module(module), name)
+    resource.setrlimit(resource.RLIMIT_AS, (n_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    with Connection(fd) as pipe:
+        while True:
+            try:
+                pipe.send(function(pipe.recv_bytes()))
+            except (EOFError, MemoryError):  # the pipe is closed, or there is no room for an answer
+                return
+            except Exception as e:  # whatever the function raises is raised where it was called
+                pipe.send(e)
+
+# %% ../nbs/00_core.ipynb #00-047
+class Helper(AbstractContextManager):
+    "A function of bytes in a process of its own, started when first called, and anew after a crash."
+
+    def __init__(self, function: Callable, n_bytes: int):  # of memory, at most
+        self.function, self.n_bytes = function, n_bytes
+        self.process: Any = None
+        self.pipe: Any = None
+
+    def close(self, *_) -> None:
+        "End the process."
+        if self.process:
+            self.pipe.close()
+            self.process.kill()
+            self.process.wait()
+            self.process = self.pipe = None
+
+    __exit__ = close
+
+    def _start(self) -> None:
+        import ich_fastai
+
+        self.pipe, theirs = Pipe()
+        what = (self.function.__module__, self.function.__name__, theirs.fileno(), self.n_bytes)
+        code = f"import sys; sys.path[0] = sys.argv[1]; from ich_fastai.core import serve_function as f; f(*{what})"
+        command = [sys.executable, "-c", code, str(Path(ich_fastai.__file__).parents[1])]
+        with theirs, open(os.devnull, "r+b") as null:  # decoders chatter
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=null, stdout=null, stderr=null)
+
+    def __call__(self, data, seconds: float):  # bytes; how long it may take
+        "The function's value. Raises what it raises, `TimeoutError`, and `OSError` or `EOFError` where it crashed."
+        if not self.process:
+            self._start()
+        try:
+            self.pipe.send_bytes(data)
+            if not self.pipe.poll(seconds):
+                raise TimeoutError
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.close()
+            raise
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+# %% ../nbs/00_core.ipynb #00-050
 def name_some(
     names: Iterable,  # of files or slices
     most: int = 5,
