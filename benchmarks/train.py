@@ -3,10 +3,12 @@
 python benchmarks/train.py [--device cpu|cuda] [--rounds 5] [--steps 0] [--batch 0] > results.jsonl
 python benchmarks/train.py --versus-fastai [--patients 60] [--epochs 6] [--rounds 3]
 
-The first prints one JSON line per network, size and channels. End to end is what `fit` does in a step: loader, augmentation, forward, backward, clipping, optimizer, logging.
-Resident is a bare loop of the same network and optimizer on one batch that lies on the device. Both take turns; rates are medians of rounds, the ratio is of medians.
-On CUDA: bf16, resnet50, convnext_tiny and seresnext50 at 256 and 384 px. Without: fp32, resnet18 at 128 px. Data is the tiny phantom; no network is needed.
-The second trains both pipelines in turn on a phantom, on the CPU, on the same slices with the same network, size, epochs and number of images.
+The first prints one JSON line per network, size and channels. End to end is what `fit` does in a step: loader,
+augmentation, forward, backward, clipping, optimizer, logging. Resident is a bare loop of the same network and optimizer
+on one batch that lies on the device. Both take turns; rates are medians of rounds, the ratio is of medians.
+On CUDA: bf16, resnet50, convnext_tiny and seresnext50 at 256 and 384 px. Without: fp32, resnet18 at 128 px. Data is the
+tiny phantom; no download. The second trains both pipelines in turn on a phantom, on the CPU, on the same slices
+with the same network, size, epochs and number of images.
 """
 
 import argparse
@@ -279,30 +281,26 @@ def versus_fastai(options):
             pd.concat([training, held_out]), open_cache(scratch / "run" / "cache"), scratch / "png", options.size
         )
         batch = options.batch or 32
-        print(
-            f"{options.arch}, {options.size} px, {options.epochs} epochs of {len(training) // batch} batches of {batch}; CPU, {os.cpu_count()} cores, torch {torch.__version__}"
-        )
-        print(
-            f"held out: {len(held_out)} synthetic slices of {held_out['PatientID'].nunique()} patients, prevalence of any {held_out['any'].mean():.3f}"
-        )
+        n, patients = len(training) // batch, held_out["PatientID"].nunique()
+        print(f"{options.arch}, {options.size} px, {options.epochs} epochs of {n} batches of {batch};", end=" ")
+        print(f"CPU, {os.cpu_count()} cores, torch {torch.__version__}")
+        print(f"held out: {len(held_out)} synthetic slices of {patients} patients,", end=" ")
+        print(f"prevalence of any {held_out['any'].mean():.3f}")
         seconds = {"ours": [], "fastai": []}
         for seed in range(options.rounds):
             results = {
-                "ours": train_ours(scratch / "run", options, seed, len(training) // batch * batch),
+                "ours": train_ours(scratch / "run", options, seed, n * batch),
                 "fastai": train_fastai(training, held_out, scratch / "png", options, seed),
             }
             for name, (time_taken, seen, p) in results.items():
                 seconds[name].append(time_taken)
                 table = metrics_table(held_out[list(LABELS)].to_numpy(), p, held_out["PatientID"].to_numpy())
                 auc = table[(table["label"] == "any") & (table["metric"] == "auc")].iloc[0]
-                print(
-                    f"round {seed + 1} {name:>6}: {time_taken:6.1f} s for {seen:,} images; AUC of any {auc.value:.3f} ({auc.low:.3f} to {auc.high:.3f})",
-                    flush=True,
-                )
+                print(f"round {seed + 1} {name:>6}: {time_taken:6.1f} s for {seen:,} images;", end=" ")
+                print(f"AUC of any {auc.value:.3f} ({auc.low:.3f} to {auc.high:.3f})", flush=True)
     ours, peer = (statistics.median(s) for s in seconds.values())
-    print(
-        f"median: ours {ours:.1f} s, fastai {peer:.1f} s: {peer / ours:.2f} times as fast. AUC with 95% intervals, by patient; of a phantom, so no claim about patients"
-    )
+    print(f"median: ours {ours:.1f} s, fastai {peer:.1f} s: {peer / ours:.2f} times as fast.", end=" ")
+    print("AUC with 95% intervals, by patient; of a phantom, so no claim about patients")
 
 
 def main():

@@ -52,7 +52,7 @@ def _create(arch: str, n_in: int, pretrained: bool = False, **options) -> torch.
     network[0].model.pretrained_cfg.pop("state_dict", None)
     return network
 
-# %% ../nbs/11_model.ipynb #11-017
+# %% ../nbs/11_model.ipynb #11-018
 def _from_file(arch: str, n_in: int, path: str) -> torch.nn.Module:
     "The network with a file's weights, which must fit exactly, but for the classifier."
     import timm
@@ -69,7 +69,7 @@ def _from_file(arch: str, n_in: int, path: str) -> torch.nn.Module:
         why = (str(e) or type(e).__name__).splitlines()[0][:80]
         raise InputError(f"{path}: holds no weights of {arch} ({why})") from e
 
-# %% ../nbs/11_model.ipynb #11-018
+# %% ../nbs/11_model.ipynb #11-020
 def can_reach_hub(
     seconds: float = 3.0,  # how long to wait
 ) -> bool:
@@ -90,7 +90,7 @@ def can_reach_hub(
     thread.join(seconds)
     return bool(answers)
 
-# %% ../nbs/11_model.ipynb #11-019
+# %% ../nbs/11_model.ipynb #11-022
 def _from_hub(arch: str, n_in: int) -> torch.nn.Module:
     "The network with timm's weights, from the hub's local cache where they are there."
     from huggingface_hub import constants
@@ -107,7 +107,7 @@ def _from_hub(arch: str, n_in: int) -> torch.nn.Module:
     finally:
         constants.HF_HUB_OFFLINE = before
 
-# %% ../nbs/11_model.ipynb #11-020
+# %% ../nbs/11_model.ipynb #11-023
 def build_model(
     arch: str,  # a timm backbone
     n_in: int,  # input channels
@@ -123,7 +123,7 @@ def build_model(
         return _from_hub(arch, n_in)
     return _from_file(arch, n_in, pretrained_from) if pretrained_from else _create(arch, n_in)
 
-# %% ../nbs/11_model.ipynb #11-025
+# %% ../nbs/11_model.ipynb #11-028
 def share_norms(
     network: torch.nn.Module,
     device: torch.device,  # of this process
@@ -137,7 +137,7 @@ def share_norms(
         raise InputError("several processes on CPUs: batch norm cannot be shared; start one, it uses all cores")
     return network
 
-# %% ../nbs/11_model.ipynb #11-028
+# %% ../nbs/11_model.ipynb #11-031
 def make_card(
     settings: Settings,
     cache_size: int,  # px
@@ -149,7 +149,7 @@ def make_card(
     versions = {p: importlib.metadata.version(p) for p in ("torch", "fastai", "timm")}
     return card | {"corrections": {}, "thresholds": {}, "versions": versions}
 
-# %% ../nbs/11_model.ipynb #11-030
+# %% ../nbs/11_model.ipynb #11-033
 def _find_device(name: str | None) -> torch.device:
     "The device of this name; CUDA where there is one by default."
     try:
@@ -157,7 +157,7 @@ def _find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as e:  # the latter from a torch without CUDA
         raise InputError(f"device={name}: not to be had here: {str(e).splitlines()[0][:120]}") from e
 
-# %% ../nbs/11_model.ipynb #11-032
+# %% ../nbs/11_model.ipynb #11-035
 class Model(NamedTuple):
     "A trained network, ready to use."
 
@@ -166,7 +166,7 @@ class Model(NamedTuple):
     card: dict  # model.json
     device: torch.device  # where it runs
 
-# %% ../nbs/11_model.ipynb #11-033
+# %% ../nbs/11_model.ipynb #11-036
 def save_model(
     network: torch.nn.Module,  # the trained one
     card: dict,  # of `make_card`
@@ -179,7 +179,7 @@ def save_model(
     write_file(Path(folder) / "weights.safetensors", lambda p: save_file(state, p))
     save_json(card, Path(folder) / "model.json")
 
-# %% ../nbs/11_model.ipynb #11-034
+# %% ../nbs/11_model.ipynb #11-037
 def load_model(
     folder: str | Path,  # model/ of a run
     device: str | None = None,  # "cuda", "cpu"; CUDA where there is one by default
