@@ -82,7 +82,7 @@ def reliability_table(
                 named = {"level": level, "label": label, "probabilities": kind}
                 bins = adaptive_bins(p, n_bins) if np.isfinite(p).all() else np.full(len(p), -1)
                 table = pd.DataFrame(named | {"bin": bins, "predicted": p, "observed": d.y[:, k], "n": 1})
-                tables.append(table[table["bin"] >= 0])
+                tables.append(table[table["bin"] >= 0].sort_values("bin"))
     how = {"predicted": "mean", "observed": "mean", "n": "sum"}
     return pd.concat(tables).groupby(["level", "label", "probabilities", "bin"], sort=False).agg(how).reset_index()
 
@@ -101,7 +101,7 @@ def plot_reliability(
         top = max(0.05, np.nanmax(part[["predicted", "observed"]].to_numpy(), initial=0) * 1.05)
         ax.plot([0, 1], [0, 1], color="black", lw=0.8, ls=":")
         for kind, color in KIND_COLORS.items():
-            rows = part[part["probabilities"] == kind].sort_values("bin")
+            rows = part[part["probabilities"] == kind]
             ax.plot(rows["predicted"], rows["observed"], lw=1.2, color=color, label=kind)
             ax.scatter(rows["predicted"], rows["observed"], s=200 * rows["n"] / rows["n"].sum(), color=color)
         ax.set(title=label, xlim=(0, top), ylim=(0, top), xlabel="predicted probability", ylabel="observed share")
