@@ -50,7 +50,7 @@ def plot_auc(
     import matplotlib.pyplot as plt
 
     rows = metrics[(metrics["metric"] == "auc") & (metrics["probabilities"] == "calibrated")]
-    fig, ax = plt.subplots(figsize=(8, 4.4))
+    fig, ax = plt.subplots(figsize=(7.4, 4.2))
     for r in rows.to_dict("records"):
         estimate, by_study, color = Estimate(*(r[c] for c in ESTIMATE)), r["level"] == "study", LABEL_COLORS[r["label"]]
         y = LABELS.index(r["label"]) + (0.2 if by_study else -0.2)
@@ -95,7 +95,7 @@ def plot_reliability(
     "Reliability curves of the six labels, before and after correction and calibration."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, 3, figsize=(9, 6.2))
+    fig, axes = plt.subplots(2, 3, figsize=(8, 5.6))
     for label, ax in zip(LABELS, axes.flat, strict=True):
         part = table[(table["level"] == level) & (table["label"] == label)]
         top = max(0.05, np.nanmax(part[["predicted", "observed"]].to_numpy(), initial=0) * 1.05)
