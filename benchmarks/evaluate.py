@@ -1,4 +1,4 @@
-"""Metrics with patient-bootstrap intervals against a loop over scikit-learn: speed, memory, and whether they cover.
+"""Metrics with patient-bootstrap intervals against a loop over scikit-learn: speed, memory, do they cover the truth.
 
 python benchmarks/evaluate.py [SECTION ...] [--slices 100000] [--resamples 1000] [--datasets 600] [--patients 400]
 
@@ -165,27 +165,27 @@ def measure_study(options):
     print(f"{what}: {timed(compare):.1f} s")
 
 
-def find_both(y, p, patient, draws):
-    "AUC and log loss for every draw."
-    loss = mean_metrics(y, p, patient, draws)["log_loss"]
-    return {"AUC": rank_metrics(y, p, patient, draws, ())["auc"], "log loss": loss}
+def find_all(y, p, patient, draws):
+    "AUC, log loss and calibration error for every draw."
+    means = mean_metrics(y, p, patient, draws)
+    auc = rank_metrics(y, p, patient, draws, ())["auc"]
+    return {"AUC": auc, "log loss": means["log_loss"], "calibration error": means["calibration_error"]}
 
 
 def measure_coverage(options, each=10):
     n_patients, resamples = options.patients, options.resamples
     y, p, patient = simulate_scores(each * 300_000, 300_000, seed=10**6, hidden=1)
-    truth = {name: values[0] for name, values in find_both(y, p, patient, np.ones((1, 300_000))).items()}
-    print(f"truth, from 300,000 patients: AUC {truth['AUC']:.4f}, log loss {truth['log loss']:.4f}")
+    truth = {name: values[0] for name, values in find_all(y, p, patient, np.ones((1, 300_000))).items()}
+    print("truth, from 300,000 patients:", ", ".join(f"{name} {value:.4f}" for name, value in truth.items()))
     covered = {(way, name): 0 for way in ("by patient", "by slice") for name in truth}
     for seed in range(options.datasets):
         y, p, patient = simulate_scores(each * n_patients, n_patients, seed, hidden=1)
         for way, unit in (("by patient", patient), ("by slice", np.arange(len(y)))):
-            for name, values in find_both(y, p, *draw_patients(unit, resamples, seed)).items():
+            for name, values in find_all(y, p, *draw_patients(unit, resamples, seed)).items():
                 _, low, high, _ = find_estimate(values)
                 covered[way, name] += low <= truth[name] <= high
-    print(
-        f"{options.datasets} datasets of {n_patients} patients with {each} slices each on average, {resamples:,} resamples:"
-    )
+    what = f"{n_patients} patients with {each} slices each on average, {resamples:,} resamples"
+    print(f"{options.datasets} datasets of {what}:")
     for (way, name), n in covered.items():
         share = n / options.datasets
         error = 1.96 * (share * (1 - share) / options.datasets) ** 0.5

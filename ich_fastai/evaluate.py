@@ -50,7 +50,7 @@ def plot_auc(
     import matplotlib.pyplot as plt
 
     rows = metrics[(metrics["metric"] == "auc") & (metrics["probabilities"] == "calibrated")]
-    fig, ax = plt.subplots(figsize=(8, 4.4))
+    fig, ax = plt.subplots(figsize=(7.4, 4.2))
     for r in rows.to_dict("records"):
         estimate, by_study, color = Estimate(*(r[c] for c in ESTIMATE)), r["level"] == "study", LABEL_COLORS[r["label"]]
         y = LABELS.index(r["label"]) + (0.2 if by_study else -0.2)
@@ -82,7 +82,7 @@ def reliability_table(
                 named = {"level": level, "label": label, "probabilities": kind}
                 bins = adaptive_bins(p, n_bins) if np.isfinite(p).all() else np.full(len(p), -1)
                 table = pd.DataFrame(named | {"bin": bins, "predicted": p, "observed": d.y[:, k], "n": 1})
-                tables.append(table[table["bin"] >= 0])
+                tables.append(table[table["bin"] >= 0].sort_values("bin"))
     how = {"predicted": "mean", "observed": "mean", "n": "sum"}
     return pd.concat(tables).groupby(["level", "label", "probabilities", "bin"], sort=False).agg(how).reset_index()
 
@@ -95,13 +95,13 @@ def plot_reliability(
     "Reliability curves of the six labels, before and after correction and calibration."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, 3, figsize=(9, 6.2))
+    fig, axes = plt.subplots(2, 3, figsize=(8, 5.6))
     for label, ax in zip(LABELS, axes.flat, strict=True):
         part = table[(table["level"] == level) & (table["label"] == label)]
         top = max(0.05, np.nanmax(part[["predicted", "observed"]].to_numpy(), initial=0) * 1.05)
         ax.plot([0, 1], [0, 1], color="black", lw=0.8, ls=":")
         for kind, color in KIND_COLORS.items():
-            rows = part[part["probabilities"] == kind].sort_values("bin")
+            rows = part[part["probabilities"] == kind]
             ax.plot(rows["predicted"], rows["observed"], lw=1.2, color=color, label=kind)
             ax.scatter(rows["predicted"], rows["observed"], s=200 * rows["n"] / rows["n"].sum(), color=color)
         ax.set(title=label, xlim=(0, top), ylim=(0, top), xlabel="predicted probability", ylabel="observed share")

@@ -18,8 +18,8 @@ from scipy.special import expit
 
 from .core import InputError, data_note, save_captioned, save_table, stage_file
 from .labels import LABELS, SUBTYPES
-from .metrics import ESTIMATE, Estimate, calibration_slope, draw_patients, mean_metrics, metric_rows
-from .metrics import rank_metrics, say_difference, weighted_log_losses
+from .metrics import ESTIMATE, Estimate, draw_patients, label_metrics, metric_rows, say_difference
+from .metrics import weighted_log_losses
 from .calibrate import LOGITS, correct_logits
 from .evaluate import KIND_COLORS
 
@@ -60,16 +60,9 @@ def measure(
     "Weighted log loss, and per label AUC, average precision, log loss, calibration error and slope, for every draw."
     values = {("all", "weighted_log_loss"): weighted_log_losses(y, p, patient, draws)}
     for k, label in enumerate(LABELS):
-        given = y[:, k], p[:, k], patient, draws
-        found = (
-            rank_metrics(*given, specificities=())
-            | mean_metrics(*given)
-            | {"calibration_slope": calibration_slope(*given)}
-        )
-        values |= {
-            (label, m): found[m]
-            for m in ("auc", "average_precision", "log_loss", "calibration_error", "calibration_slope")
-        }
+        found = label_metrics(y[:, k], p[:, k], patient, draws)
+        kept = ("auc", "average_precision", "log_loss", "calibration_error", "calibration_slope")
+        values |= {(label, m): found[m] for m in kept}
     return values
 
 # %% ../nbs/24_imbalance.ipynb #24-012

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COMPETITION_WEIGHTS', 'ESTIMATE', 'ROUNDING', 'SAME', 'RANKS', 'MEANS', 'METRICS', 'log_losses', 'weighted_log_loss',
            'simulate_scores', 'draw_patients', 'Estimate', 'find_estimate', 'say_difference', 'rank_metrics',
-           'draw_sums', 'weighted_log_losses', 'weighted_ratio', 'adaptive_bins', 'calibration_error', 'mean_metrics',
-           'fit_logistic', 'calibration_slope', 'label_metrics', 'metric_rows', 'metrics_table']
+           'weighted_log_losses', 'weighted_ratio', 'adaptive_bins', 'mean_metrics', 'fit_logistic', 'label_metrics',
+           'metric_rows', 'metrics_table']
 
-# %% ../nbs/20_metrics.ipynb #20-003
+# %% ../nbs/20_metrics.ipynb #20-002
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +18,10 @@ from scipy.special import expit, logit
 from .core import MISSING, format_number
 from .labels import LABELS
 
-# %% ../nbs/20_metrics.ipynb #20-007
+# %% ../nbs/20_metrics.ipynb #20-006
 COMPETITION_WEIGHTS = np.array([1, 1, 1, 1, 1, 2]) / 7
 
-# %% ../nbs/20_metrics.ipynb #20-008
+# %% ../nbs/20_metrics.ipynb #20-007
 def log_losses(
     y: np.ndarray,  # any shape, 0 or 1
     p: np.ndarray,  # same shape, probability of 1
@@ -31,7 +31,7 @@ def log_losses(
     p = np.clip(np.asarray(p, np.float64), eps, 1 - eps)
     return -np.log(np.where(y, p, 1 - p))
 
-# %% ../nbs/20_metrics.ipynb #20-009
+# %% ../nbs/20_metrics.ipynb #20-008
 def weighted_log_loss(
     y: np.ndarray,  # (n, 6) 0 or 1, columns LABELS
     p: np.ndarray,  # (n, 6) probabilities
@@ -39,7 +39,7 @@ def weighted_log_loss(
     "The competition's score: the mean over slices of the log loss, `any` with weight 2, the others 1."
     return float((log_losses(np.asarray(y), p) @ COMPETITION_WEIGHTS).mean())
 
-# %% ../nbs/20_metrics.ipynb #20-014
+# %% ../nbs/20_metrics.ipynb #20-013
 def simulate_scores(
     n: int = 400,  # slices
     n_patients: int = 60,
@@ -57,7 +57,7 @@ def simulate_scores(
     y, p = (rng.random(x.shape) < expit(x + unseen)).astype(int), expit(x)
     return y, p if digits is None else p.round(digits), patient
 
-# %% ../nbs/20_metrics.ipynb #20-017
+# %% ../nbs/20_metrics.ipynb #20-016
 def draw_patients(
     patients: np.ndarray,  # (n,) ids, one a slice
     n_boot: int,  # draws; none where there is one patient
@@ -69,10 +69,10 @@ def draw_patients(
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot if n > 1 else 0)
     return patient, np.vstack([np.ones((1, n), np.int32), draws.astype(np.int32)])
 
-# %% ../nbs/20_metrics.ipynb #20-020
+# %% ../nbs/20_metrics.ipynb #20-019
 ESTIMATE = ["value", "low", "high", "note"]  # the columns of a table that hold an Estimate
 
-# %% ../nbs/20_metrics.ipynb #20-021
+# %% ../nbs/20_metrics.ipynb #20-020
 class Estimate(NamedTuple):
     "A number with its 95% interval, and why there is none of them or what to mind about it."
 
@@ -95,11 +95,11 @@ class Estimate(NamedTuple):
         value, low, high = map(format_number, self[:3])
         return f"{value} ({low} to {high})" if self.has_interval else value
 
-# %% ../nbs/20_metrics.ipynb #20-024
+# %% ../nbs/20_metrics.ipynb #20-023
 ROUNDING = 1e-12  # what is smaller is rounding
 SAME = "all draws are equal: the interval is too narrow"
 
-# %% ../nbs/20_metrics.ipynb #20-025
+# %% ../nbs/20_metrics.ipynb #20-024
 def find_estimate(
     values: np.ndarray,  # (b,) of the data as they are, then of each draw; nan where undefined
     missing: str = "undefined",  # why there is no value, where there is none
@@ -115,7 +115,7 @@ def find_estimate(
     low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
     return Estimate(value, low, high, SAME if high - low < ROUNDING else rough)
 
-# %% ../nbs/20_metrics.ipynb #20-028
+# %% ../nbs/20_metrics.ipynb #20-027
 def say_difference(
     difference: Estimate,
     above: str = "higher",  # what a difference above 0 means
@@ -127,7 +127,7 @@ def say_difference(
         return "no interval"
     return above if low > ROUNDING else below if high < -ROUNDING else "not resolved"
 
-# %% ../nbs/20_metrics.ipynb #20-031
+# %% ../nbs/20_metrics.ipynb #20-030
 def _rank(y: np.ndarray, p: np.ndarray) -> tuple:
     "Positives and negatives in ascending order of score, and where each falls among the others."
     order = np.argsort(p, kind="stable")
@@ -137,15 +137,15 @@ def _rank(y: np.ndarray, p: np.ndarray) -> tuple:
     find = np.searchsorted
     return pos, neg, find(pn, pp, "left"), find(pn, pp, "right"), find(pp, pp, "left"), find(pp, pn, "right")
 
-# %% ../nbs/20_metrics.ipynb #20-032
+# %% ../nbs/20_metrics.ipynb #20-031
 def _running(draws: np.ndarray, patient: np.ndarray) -> np.ndarray:
     "(b, n + 1) running sums of how often the slices are drawn, starting at 0."
     out = np.zeros((len(draws), len(patient) + 1), draws.dtype)
-    for row, draw in zip(out, draws, strict=True):
+    for row, draw in zip(out, draws, strict=True):  # row by row: a third of the time of one call
         np.cumsum(draw[patient], out=row[1:])
     return out
 
-# %% ../nbs/20_metrics.ipynb #20-034
+# %% ../nbs/20_metrics.ipynb #20-033
 def _sensitivity_at(wn: np.ndarray, wp: np.ndarray, upto: np.ndarray, specificity: float) -> np.ndarray:
     "(b,) the largest sensitivity whose specificity is at least as wanted, from running sums of draws."
     target = specificity * wn[:, -1] - 1e-9
@@ -153,7 +153,7 @@ def _sensitivity_at(wn: np.ndarray, wp: np.ndarray, upto: np.ndarray, specificit
     k = [np.searchsorted(row[1:], t) for row, t in zip(wn, target, strict=True)]
     return 1 - wp[np.arange(len(wp)), upto[k]] / wp[:, -1]
 
-# %% ../nbs/20_metrics.ipynb #20-036
+# %% ../nbs/20_metrics.ipynb #20-035
 def rank_metrics(
     y: np.ndarray,  # (n,) 0 or 1
     score: np.ndarray,  # (n,) higher where a slice is likelier to be positive
@@ -180,16 +180,12 @@ def rank_metrics(
                 out[name][rows] = np.where(n_neg > 0, _sensitivity_at(wn, wp, pos_upto, s), np.nan)
     return out
 
-# %% ../nbs/20_metrics.ipynb #20-040
-def draw_sums(
-    draws: np.ndarray,  # (b, n_patients)
-    patient: np.ndarray,  # (n,) int, column of `draws`
-    *columns: np.ndarray,  # (n,) each
-) -> np.ndarray:  # (len(columns), b) float64
-    "Sums of each column over the slices of every draw."
+# %% ../nbs/20_metrics.ipynb #20-039
+def _sums(draws: np.ndarray, patient: np.ndarray, *columns: np.ndarray) -> np.ndarray:
+    "(len(columns), b) sums of each column (n,) over the slices of every draw."
     return np.stack([np.bincount(patient, c, draws.shape[1]) for c in columns]) @ draws.T
 
-# %% ../nbs/20_metrics.ipynb #20-042
+# %% ../nbs/20_metrics.ipynb #20-041
 def weighted_log_losses(
     y: np.ndarray,  # (n, 6) 0 or 1, columns LABELS
     p: np.ndarray,  # (n, 6) probabilities
@@ -197,11 +193,11 @@ def weighted_log_losses(
     draws: np.ndarray,  # (b, n_patients)
 ) -> np.ndarray:  # (b,) nats
     "The competition's score of every draw."
-    loss, n = draw_sums(draws, patient, log_losses(y, p) @ COMPETITION_WEIGHTS, np.ones(len(y)))
+    loss, n = _sums(draws, patient, log_losses(y, p) @ COMPETITION_WEIGHTS, np.ones(len(y)))
     with np.errstate(invalid="ignore"):
         return loss / n
 
-# %% ../nbs/20_metrics.ipynb #20-043
+# %% ../nbs/20_metrics.ipynb #20-042
 def weighted_ratio(
     draws: np.ndarray,  # (b, n_patients); row 0 all ones
     patient: np.ndarray,  # (n,) int, column of `draws`
@@ -210,13 +206,13 @@ def weighted_ratio(
     nothing: str = "undefined: nothing to count",  # why there is no share, where `among` is empty
 ) -> Estimate:
     "The share of `counted` in `among`."
-    n, (top, bottom) = len(np.unique(patient[np.asarray(among) > 0])), draw_sums(draws, patient, counted, among)
+    n, (top, bottom) = len(np.unique(patient[np.asarray(among) > 0])), _sums(draws, patient, counted, among)
     with np.errstate(invalid="ignore", divide="ignore"):
         share = top / bottom
     rough = "" if n >= 5 else f"{n} patients: a rough interval"
     return find_estimate(share, nothing, "one patient: no interval" if n == 1 else "", rough)
 
-# %% ../nbs/20_metrics.ipynb #20-046
+# %% ../nbs/20_metrics.ipynb #20-045
 def adaptive_bins(
     p: np.ndarray,  # (n,) probabilities
     n_bins: int = 10,
@@ -225,22 +221,23 @@ def adaptive_bins(
     edges = np.quantile(p, np.linspace(0, 1, n_bins + 1))
     return np.asarray(np.searchsorted(edges[1:-1], p))
 
-# %% ../nbs/20_metrics.ipynb #20-047
-def calibration_error(
-    y: np.ndarray,  # (n,) 0 or 1
-    p: np.ndarray,  # (n,) probabilities
-    patient: np.ndarray,  # (n,) int, column of `draws`
-    draws: np.ndarray,  # (b, n_patients)
-    n_bins: int = 10,
-) -> np.ndarray:  # (b,) 0 to 1
-    "Mean distance between predicted and seen share over adaptive bins, for every draw."
-    n_patients = draws.shape[1]
+# %% ../nbs/20_metrics.ipynb #20-046
+def _calibration_error(
+    y: np.ndarray, p: np.ndarray, patient: np.ndarray, draws: np.ndarray, n_bins: int = 10
+) -> np.ndarray:
+    "(b,) root mean squared distance between predicted and seen share over adaptive bins, unbiased by noise."
+    n_patients, draws = draws.shape[1], np.asarray(draws, np.float64)
     cell = patient * n_bins + adaptive_bins(p, n_bins)
-    gap = np.bincount(cell, p - y, n_patients * n_bins).reshape(n_patients, n_bins)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.abs(draws @ gap).sum(1) / (draws @ np.bincount(patient, minlength=n_patients))
+    gap, n = (np.bincount(cell, c, n_patients * n_bins).reshape(-1, n_bins) for c in (p - y, np.ones(len(p))))
+    in_bin: np.ndarray = draws @ n
+    twice: np.ndarray = draws**2
+    pairs = in_bin**2 - twice @ n**2  # of slices of different patients
+    known = pairs > 1e-9
+    squared = np.where(known, (draws @ gap) ** 2 - twice @ gap**2, 0) / np.where(known, pairs, 1)
+    with np.errstate(invalid="ignore"):
+        return np.sqrt(np.maximum((in_bin * squared).sum(1) / (in_bin * known).sum(1), 0))
 
-# %% ../nbs/20_metrics.ipynb #20-049
+# %% ../nbs/20_metrics.ipynb #20-048
 def mean_metrics(
     y: np.ndarray,  # (n,) 0 or 1
     p: np.ndarray,  # (n,) probabilities
@@ -250,70 +247,70 @@ def mean_metrics(
 ) -> dict[str, np.ndarray]:  # metric: (b,) float64, nan where undefined
     "Log loss, Brier score, calibration error, sensitivity and specificity at the threshold, for every draw."
     called, one = np.where(np.isnan(threshold), np.nan, p >= threshold), np.ones(len(y))
-    n, loss, brier = draw_sums(draws, patient, one, log_losses(y, p), (p - y) ** 2)
-    tp, pos, tn, neg = draw_sums(draws, patient, y * called, y, (1 - y) * (1 - called), 1 - y)
+    n, loss, brier = _sums(draws, patient, one, log_losses(y, p), (p - y) ** 2)
+    tp, pos, tn, neg = _sums(draws, patient, y * called, y, (1 - y) * (1 - called), 1 - y)
     with np.errstate(invalid="ignore", divide="ignore"):
         out = {"log_loss": loss / n, "brier": brier / n, "sensitivity": tp / pos, "specificity": tn / neg}
-    return out | {"calibration_error": calibration_error(y, p, patient, draws)}
+    return out | {"calibration_error": _calibration_error(y, p, patient, draws)}
+
+# %% ../nbs/20_metrics.ipynb #20-051
+def _newton(x: np.ndarray, n: np.ndarray, xy: np.ndarray, y: np.ndarray, start: tuple = (0.0, 0.0)) -> np.ndarray:
+    "(b, 2) slope and intercept of regressions on x, each counted n times (b, k); xy, y (b,): sums of x y and y."
+    beta = np.tile(np.array(start), (len(n), 1))
+
+    def loss(beta):
+        return (n * np.logaddexp(0, beta[:, :1] * x + beta[:, 1:])).sum(1) - beta[:, 0] * xy - beta[:, 1] * y
+
+    with np.errstate(all="ignore"):
+        for _ in range(50):
+            q = expit(beta[:, :1] * x + beta[:, 1:])
+            gx, g1, v = xy - (n * q * x).sum(1), y - (n * q).sum(1), n * q * (1 - q)
+            xx, x1, one = (v * x * x).sum(1), (v * x).sum(1), v.sum(1)
+            step = np.c_[one * gx - x1 * g1, xx * g1 - x1 * gx] / (det := xx * one - x1 * x1)[:, None]
+            for _ in range(10):  # shorter where the loss would grow
+                if not (worse := ~(loss(beta + step) <= loss(beta) + 1e-9)).any():
+                    break
+                step[worse] /= 2
+            beta, moves = beta + step, np.abs(step).max(1) > 1e-8
+            if not moves.any():
+                break
+        known = ~moves & (
+            det > 1e-9 * one * np.ptp(x, axis=1) ** 2
+        )  # or a cut separates, and nothing is known of the slope
+    return np.where(known[:, None], beta, np.nan)
 
 # %% ../nbs/20_metrics.ipynb #20-052
-def _separable(x: np.ndarray, y: np.ndarray) -> bool:
-    "Does one cut of x separate the ones from the zeros (soft targets: never)?"
-    ones, zeros = x[y == 1], x[y == 0]
-    if len(ones) + len(zeros) < len(x):
-        return False
-    return not len(ones) or not len(zeros) or ones.min() >= zeros.max() or ones.max() <= zeros.min()
-
-# %% ../nbs/20_metrics.ipynb #20-053
 def fit_logistic(
     x: np.ndarray,  # (n,) logits
     y: np.ndarray,  # (n,) 0 to 1: truth, or soft targets
 ) -> tuple[float, float]:  # slope, intercept; nan where there is no finite answer
     "The logistic regression of y on x. No finite answer: x is constant, or one cut separates the classes."
-    if not len(x) or np.ptp(x) == 0 or _separable(x, y):
+    if not len(x) or np.ptp(x) == 0:
         return np.nan, np.nan
-    design, beta = np.c_[x, np.ones(len(x))], np.zeros(2)
+    return tuple(_newton(x[None], np.ones((1, len(x))), np.array([x @ y]), np.array([y.sum()]))[0].tolist())
 
-    def loss(b):
-        return (np.logaddexp(0, design @ b) - y * (design @ b)).sum()
-
-    for _ in range(100):
-        q = expit(design @ beta)
-        step = np.linalg.solve((design * (q * (1 - q))[:, None]).T @ design + 1e-12 * np.eye(2), design.T @ (y - q))
-        while loss(beta + step) > loss(beta) + 1e-9 and np.abs(step).max() > 1e-12:
-            step = step / 2
-        beta = beta + step
-        if np.abs(step).max() < 1e-10:
-            break
-    return float(beta[0]), float(beta[1])
-
-# %% ../nbs/20_metrics.ipynb #20-055
-def calibration_slope(
-    y: np.ndarray,  # (n,) 0 or 1
-    p: np.ndarray,  # (n,) probabilities
-    patient: np.ndarray,  # (n,) int, column of `draws`
-    draws: np.ndarray,  # (b, n_patients); row 0 all ones
-) -> np.ndarray:  # (b,) nan where undefined
-    "The slope of truth on predicted logit: exact in row 0, one Newton step from there in the others."
+# %% ../nbs/20_metrics.ipynb #20-054
+def _calibration_slope(y: np.ndarray, p: np.ndarray, patient: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    "(b,) the slope of truth on predicted logit: exact in row 0; in draws of many slices, gathered in narrow bins."
     eps = np.finfo(np.float64).eps
     x = logit(np.clip(np.asarray(p, np.float64), eps, 1 - eps))
-    a, b = fit_logistic(x, y)
-    if np.isnan(a):
+    start = fit_logistic(x, y)
+    if np.isnan(start[0]):
         return np.full(len(draws), np.nan)
-    q = expit(a * x + b)
-    v, r = q * (1 - q), y - q
-    xx, x1, one, gx, g1 = draw_sums(draws, patient, v * x * x, v * x, v, r * x, r)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        slope = a + (one * gx - x1 * g1) / (xx * one - x1 * x1)
-    slope[0] = a
-    return slope
+    narrow = np.searchsorted(np.linspace(x.min(), x.max(), 129), x) if len(x) > 1000 else x
+    bins = np.unique(narrow, return_inverse=True)[1]
+    size, cell = (draws.shape[1], bins.max() + 1), patient * (bins.max() + 1) + bins
+    n, total = (draws @ np.bincount(cell, c, np.prod(size)).reshape(size) for c in (np.ones(len(x)), x))
+    xy, positive = _sums(draws, patient, x * y, y)
+    slope = _newton(total / np.maximum(n, 1), n, xy, positive, start)[:, 0]
+    return np.r_[start[0], slope[1:]]
 
-# %% ../nbs/20_metrics.ipynb #20-058
+# %% ../nbs/20_metrics.ipynb #20-057
 RANKS = ("auc", "average_precision", "sensitivity_at_specificity_0.9", "sensitivity_at_specificity_0.95")
 MEANS = ("log_loss", "brier", "calibration_error", "sensitivity", "specificity", "calibration_slope")
 METRICS = RANKS + MEANS
 
-# %% ../nbs/20_metrics.ipynb #20-059
+# %% ../nbs/20_metrics.ipynb #20-058
 def label_metrics(
     y: np.ndarray,  # (n,) 0 or 1
     p: np.ndarray,  # (n,) probabilities; any nan: no means
@@ -329,25 +326,24 @@ def label_metrics(
         values |= rank_metrics(y, score, patient, draws)
     if len(y) and np.isfinite(p).all():
         values |= mean_metrics(y, p, patient, draws, threshold)
-        values |= {"calibration_slope": calibration_slope(y, p, patient, draws)}
+        values |= {"calibration_slope": _calibration_slope(y, p, patient, draws)}
     return values
 
-# %% ../nbs/20_metrics.ipynb #20-062
+# %% ../nbs/20_metrics.ipynb #20-061
 def _why_undefined(metric: str, y: np.ndarray, fitted: bool) -> str:
     "Why a metric has no value; `fitted`: are there probabilities?"
-    if not len(y):
-        return "no slice"
-    if not fitted and metric not in RANKS:
-        return "needs other patients to fit on: there are none"
-    if not y.any():
-        return "undefined: no positive"
-    if y.all():
-        return "undefined: no negative"
-    if metric == "calibration_slope":
-        return "undefined: one cut separates the classes, or the prediction is constant"
-    return "no threshold: no positive among the patients to choose it on"
+    reasons = (
+        ("no slice", not len(y)),
+        ("needs other patients to fit on: there are none", not fitted and metric not in RANKS),
+        ("undefined: no bin holds slices of two patients", metric == "calibration_error"),
+        ("undefined: no positive", not y.any()),
+        ("undefined: no negative", y.all()),
+        ("undefined: one cut separates the classes, or the prediction is constant", metric == "calibration_slope"),
+        ("no threshold: no positive among the patients to choose it on", True),
+    )
+    return next(reason for reason, holds in reasons if holds)
 
-# %% ../nbs/20_metrics.ipynb #20-063
+# %% ../nbs/20_metrics.ipynb #20-062
 def _doubts(metric: str, positives: int, n_patients: int) -> tuple[str, str]:
     "Why a metric has no interval, and why a rough one; `positives`: patients with a positive slice."
     if n_patients < 2:
@@ -356,7 +352,7 @@ def _doubts(metric: str, positives: int, n_patients: int) -> tuple[str, str]:
         return "positives in one patient only: no interval", ""
     return "", f"positives in {positives} patient{'s' * (positives > 1)}: a rough interval" if 0 < positives < 5 else ""
 
-# %% ../nbs/20_metrics.ipynb #20-065
+# %% ../nbs/20_metrics.ipynb #20-064
 def metric_rows(
     label: str,  # for the column of that name
     values: dict[str, np.ndarray],  # metric: (b,), of the data as they are and of every draw
@@ -376,7 +372,7 @@ def metric_rows(
         rows.append(found | counts | {"note": why})
     return rows
 
-# %% ../nbs/20_metrics.ipynb #20-068
+# %% ../nbs/20_metrics.ipynb #20-067
 def metrics_table(
     y: np.ndarray,  # (n, 6) 0 or 1, columns LABELS
     p: np.ndarray,  # (n, 6) probabilities; a column with nan has notes only, apart from ranks

@@ -13,6 +13,7 @@ from scipy.special import expit, logit
 from scipy.stats import binom
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
+from sklearn.linear_model import LogisticRegression
 
 from ich_fastai.calibrate import LOGITS, Fitted, conformal_bound, correct_for_sampling, correct_logits, cross_fit
 from ich_fastai.calibrate import score_levels, split_patients
@@ -57,16 +58,62 @@ def test_every_metric_equals_scikit_learn(digits, kind):
             assert {m: ours[m][b] for m in expected} == pytest.approx(expected, abs=1e-9)
 
 
-def test_constant_predictions_and_calibration_error():
+def test_constant_predictions():
     y, p, patient = simulate_scores(300, 40)
-    one = np.ones((1, 40))
-    constant = label_metrics(y, np.full(len(y), y.mean()), patient, one, 0.5)
+    constant = label_metrics(y, np.full(len(y), y.mean()), patient, np.ones((1, 40)), 0.5)
     assert constant["auc"][0] == 0.5 and constant["average_precision"][0] == pytest.approx(y.mean(), abs=1e-9)
-    assert constant["calibration_error"][0] == pytest.approx(0, abs=1e-9) and np.isnan(constant["calibration_slope"][0])
-    seen, said = calibration_curve(y, p, n_bins=10, strategy="quantile")
-    assert label_metrics(y, p, patient, one, 0.5)["calibration_error"][0] == pytest.approx(
-        np.abs(seen - said).mean(), abs=1e-9
-    )  # 300 slices: bins of 30
+    assert constant["calibration_error"][0] < 0.05 and np.isnan(constant["calibration_slope"][0])
+
+
+def calibration_errors(y, p, patient, draws):
+    return label_metrics(y, p, patient, draws)["calibration_error"]
+
+
+def test_calibration_error_of_single_slices_is_that_of_kumar():
+    y, p, patient = simulate_scores(300, 300)
+    seen, said = calibration_curve(y, p**2, n_bins=10, strategy="quantile")  # 300 slices: bins of 30
+    bins = np.searchsorted(np.quantile(p**2, np.linspace(0, 1, 11))[1:-1], p**2)
+    noise = np.array([np.var((p**2 - y)[bins == k], ddof=1) / 30 for k in range(10)])
+    expected = np.mean((seen - said) ** 2 - noise) ** 0.5
+    assert calibration_errors(y, p**2, patient, np.ones((1, 300)))[0] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("bend", [1.0, 1.5], ids=["no error", "overconfident"])
+def test_intervals_of_the_calibration_error_cover_the_truth(bend):
+    y, p, patient = simulate_scores(1_000_000, 100_000, seed=10**6)
+    truth = calibration_errors(y, expit(bend * logit(p)), patient, np.ones((1, 100_000)))[0]
+    covered = 0
+    for seed in range(100):
+        y, p, patient = simulate_scores(1200, 120, seed)
+        found = find_estimate(calibration_errors(y, expit(bend * logit(p)), *draw_patients(patient, 100, seed)))
+        covered += found.low <= truth + 1e-3 and truth <= found.high  # 1e-3: noise of the truth
+    assert covered >= binom.ppf(0.001, 100, 0.93)
+
+
+@pytest.mark.parametrize("n, n_patients, center", [(3000, 60, -7), (4000, 300, -1)], ids=["7 positive", "a third"])
+def test_calibration_slopes_of_draws_are_those_of_refitting(n, n_patients, center):
+    y, p, patient = simulate_scores(n, n_patients, 2, center=center)
+    patient, draws = draw_patients(patient, 200)
+    x = 2 * logit(p) + 3
+    slopes = label_metrics(y, expit(x), patient, draws)["calibration_slope"]
+    refit = np.array([fit_logistic(np.repeat(x, w), np.repeat(y, w))[0] for w in draws[:, patient]])
+    peer = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(x[:, None], y)
+    assert slopes[0] == pytest.approx(refit[0], abs=1e-9) == pytest.approx(peer.coef_[0, 0], abs=1e-4)
+    ours, theirs = find_estimate(slopes), find_estimate(refit)
+    width = theirs.high - theirs.low
+    assert [ours.low, ours.high] == pytest.approx([theirs.low, theirs.high], abs=0.01 * width)
+    assert abs(slopes - refit)[np.isfinite(refit)].max() < 0.01 * width
+
+
+@pytest.mark.parametrize(
+    "y, turned", [([0, 0, 1, 1], 0), ([1, 1, 0, 0], 0), ([0, 0, 0, 0], 1)], ids=["separated", "inverted", "one class"]
+)
+@pytest.mark.parametrize("n", [1, 10_000])
+def test_no_slope_where_a_cut_separates(y, turned, n):
+    x, y = np.repeat([-2.0, -1, 1, 2], n), np.repeat(y, n)
+    assert np.isnan(fit_logistic(x, y)).all()
+    y[turned * n] = 1 - y[turned * n]  # one slice makes the answer finite
+    assert np.isfinite(fit_logistic(x, y)).all()
 
 
 @pytest.mark.parametrize("y", [0, 1], ids=["no positive", "no negative"])
@@ -75,7 +122,7 @@ def test_one_class_is_undefined_not_zero(y):
     table = metrics_table(np.full((12, 6), y), p, np.arange(12) // 2, np.full((12, 6), 0.5), n_boot=50)
     undefined = table[table["value"].isna()]
     assert {"auc", "average_precision", "calibration_slope"} <= set(undefined["metric"])
-    assert undefined["note"].str.startswith("undefined: no ").all()
+    assert undefined["note"].str.startswith("undefined: no ").all()  # of the calibration error: no bin of two patients
     assert undefined[["low", "high"]].isna().all().all()
     assert ("specificity" in set(undefined["metric"])) == (y == 1)
     assert ("sensitivity" in set(undefined["metric"])) == (y == 0)
