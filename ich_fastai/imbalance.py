@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'CONVERGED', 'SHOWN', 'read_arms', 'measure_arm', 'Arms', 'compare_arms', 'arm_rows', 'table_2',
-           'subtract', 'difference_table', 'imbalance_table', 'finding_table', 'draw_estimate', 'plot_imbalance',
-           'plot_differences', 'compare']
+           'subtract', 'difference_table', 'Shown', 'imbalance_table', 'finding_table', 'draw_estimate',
+           'plot_imbalance', 'plot_differences', 'compare']
 
 # %% ../nbs/24_imbalance.ipynb #24-003
 from pathlib import Path
@@ -139,14 +139,23 @@ def difference_table(
     return pd.DataFrame(rows, columns=[*columns, "n", "n_positive", "n_patients", "prevalence", "note"])
 
 # %% ../nbs/24_imbalance.ipynb #24-035
-SHOWN = {  # (label, metric): name, where nothing is learned or what is ideal
-    ("all", "weighted_log_loss"): ("weighted log loss", None),
-    ("any", "auc"): ("AUC of any", 0.5),
-    ("any", "average_precision"): ("average precision of any", None),
-    ("any", "calibration_slope"): ("calibration slope of any", 1.0),
+class Shown(NamedTuple):
+    "How a metric is shown to people."
+
+    name: str
+    mark: float | None  # where nothing is learned, or what is ideal
+    above: str  # what a difference above 0 means
+    below: str
+
+
+SHOWN = {  # by label and metric
+    ("all", "weighted_log_loss"): Shown("weighted log loss", None, "worse", "better"),
+    ("any", "auc"): Shown("AUC of any", 0.5, "better", "worse"),
+    ("any", "average_precision"): Shown("average precision of any", None, "better", "worse"),
+    ("any", "calibration_slope"): Shown("calibration slope of any", 1.0, "higher", "lower"),
 }
 
-# %% ../nbs/24_imbalance.ipynb #24-036
+# %% ../nbs/24_imbalance.ipynb #24-037
 def imbalance_table(
     table: pd.DataFrame,  # as `table_2` gives it
     corrected: tuple[str, ...],  # the arms that were undersampled
@@ -157,28 +166,29 @@ def imbalance_table(
         if arm in corrected or kind == "raw":
             of = part.set_index(["label", "metric"]).loc[list(SHOWN)]
             row = {"arm": f"{arm}, {kind}" if arm in corrected else arm}
-            row |= {name: str(Estimate(*of.loc[key, ESTIMATE])) for key, (name, _) in SHOWN.items()}
+            row |= {shown.name: str(Estimate(*of.loc[key, ESTIMATE])) for key, shown in SHOWN.items()}
             row |= {"slices": f"{of['n'].iloc[0]:,}", "patients": f"{of['n_patients'].iloc[0]:,}"}
             row |= {"prevalence": f"{100 * of['prevalence'].iloc[0]:.1f}%"}
             rows.append(row | {"note": "; ".join(filter(None, of["note"].unique()))})
     return pd.DataFrame(rows)
 
-# %% ../nbs/24_imbalance.ipynb #24-039
+# %% ../nbs/24_imbalance.ipynb #24-040
 def finding_table(
     differences: pd.DataFrame,  # as `difference_table` gives it
 ) -> pd.DataFrame:  # of str: comparison, the metrics of SHOWN
-    "What came out: higher, lower or not resolved, with the difference; or that there was nothing to compare."
+    "What came out: better, worse or not resolved, with the difference; or that there was nothing to compare."
     rows = []
     kept = differences[differences["probabilities"] == "corrected"]
     for (arm, minus), part in kept.groupby(["arm", "minus"], sort=False):
         of = part.set_index(["label", "metric"])
         row = {"comparison": f"{arm}: corrected minus raw" if minus == "raw" else f"{arm} minus {minus}, corrected"}
-        for key, (name, _) in SHOWN.items():
-            row[name] = f"{of.loc[key, 'says']}: {Estimate(*of.loc[key, ESTIMATE])}"
+        for key, (name, _, above, below) in SHOWN.items():
+            difference = Estimate(*of.loc[key, ESTIMATE])
+            row[name] = f"{say_difference(difference, above, below)}: {difference}"
         rows.append(row)
     return pd.DataFrame(rows or [{"comparison": "none: one arm was run, without undersampling"}])
 
-# %% ../nbs/24_imbalance.ipynb #24-042
+# %% ../nbs/24_imbalance.ipynb #24-043
 def draw_estimate(
     ax,  # matplotlib Axes
     y: float,
@@ -194,7 +204,7 @@ def draw_estimate(
     if estimate.has_interval:
         ax.plot([estimate.low, estimate.high], [y, y], color=color, lw=1.6, solid_capstyle="butt")
 
-# %% ../nbs/24_imbalance.ipynb #24-044
+# %% ../nbs/24_imbalance.ipynb #24-045
 def plot_imbalance(
     table: pd.DataFrame,  # as `table_2` gives it
     note: str = "",  # for the title, say "synthetic data"
@@ -204,7 +214,7 @@ def plot_imbalance(
 
     of, arms = table.set_index(["label", "metric", "arm", "probabilities"])[ESTIMATE], list(dict.fromkeys(table["arm"]))
     fig, axes = plt.subplots(2, 2, figsize=(8.4, 2 + 0.8 * len(arms)), sharey=True)
-    for ax, (key, (name, mark)) in zip(axes.flat, SHOWN.items(), strict=True):
+    for ax, (key, (name, mark, *_)) in zip(axes.flat, SHOWN.items(), strict=True):
         for y, arm in enumerate(arms):
             for kind, by in (("raw", -0.16), ("corrected", 0.16)):
                 draw_estimate(ax, y + by, Estimate(*of.loc[(*key, arm, kind)]), KIND_COLORS[kind])
@@ -212,11 +222,12 @@ def plot_imbalance(
             ax.axvline(mark, color="black", lw=0.8, ls=":")
         ax.set(xlabel=name, ylim=(len(arms) - 0.5, -0.5))
         ax.set_yticks(range(len(arms)), arms)
+        ax.locator_params(axis="x", nbins=5)
     title = f"The arms on the same held-out patients, 95% intervals by patient{note and ', ' + note}"
     fig.suptitle(f"{title}\ngray: raw, orange: corrected")
     return fig
 
-# %% ../nbs/24_imbalance.ipynb #24-046
+# %% ../nbs/24_imbalance.ipynb #24-047
 def plot_differences(
     differences: pd.DataFrame,  # as `difference_table` gives it, of two arms or more
     panels: dict[tuple[str, str], str],  # (label, metric): name
@@ -239,11 +250,12 @@ def plot_differences(
         ax.axvline(0, color="black", lw=0.8, ls=":")
         ax.set(xlabel=f"difference in {name}", ylim=(len(arms) - 0.5, -0.5))
         ax.set_yticks(range(len(arms)), arms)
+        ax.locator_params(axis="x", nbins=5)
     title = f"Minus {others['minus'].iloc[0]}, corrected, 95% paired intervals{note and ', ' + note}"
     fig.suptitle(f"{title}\nfilled: the interval leaves 0 out; open: not resolved")
     return fig
 
-# %% ../nbs/24_imbalance.ipynb #24-049
+# %% ../nbs/24_imbalance.ipynb #24-050
 def compare(
     run_dir: str | Path,  # of a run
     data_dir: str | Path | None = None,  # the dataset, to say whether it is synthetic
@@ -262,7 +274,7 @@ def compare(
     figures = {"imbalance.svg": (plot_imbalance(tables["table_2"], note), caption)}
     if len(arms.values) > 1:
         chance = "Where nothing differs, one interval in twenty leaves 0 out."
-        shown, labels = {key: name for key, (name, _) in SHOWN.items()}, {(k, "auc"): f"AUC of {k}" for k in LABELS}
+        shown, labels = {key: s.name for key, s in SHOWN.items()}, {(k, "auc"): f"AUC of {k}" for k in LABELS}
         for name, panels in (("imbalance_differences", shown), ("imbalance_labels", labels)):
             figures[f"{name}.svg"] = plot_differences(differences, panels, note), f"Differences of the arms. {chance}"
     save_captioned(figures, run_dir, note)
