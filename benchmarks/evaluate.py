@@ -2,7 +2,7 @@
 
 python benchmarks/evaluate.py [SECTION ...] [--slices 100000] [--resamples 1000] [--datasets 600] [--patients 400]
 
-Sections: speed memory whole study coverage (all by default). Simulated labels with RSNA's prevalences,
+Sections: speed memory whole arms coverage (all by default). Simulated labels with RSNA's prevalences,
 39.5 slices a patient, one core.
 The loop would take hours, so a few of its resamples are timed, in turn with ours, and the rest is extrapolated.
 """
@@ -26,7 +26,7 @@ from ich_fastai.calibrate import LOGITS
 from ich_fastai.labels import LABELS, class_balance, read_combinations
 from ich_fastai.metrics import draw_patients, find_estimate, mean_metrics, metrics_table, rank_metrics, simulate_scores
 
-SECTIONS = ("speed", "memory", "whole", "study", "coverage")
+SECTIONS = ("speed", "memory", "whole", "arms", "coverage")
 SLICES_PER_PATIENT = 674_258 / 17_079
 THRESHOLD = 0.2
 
@@ -140,9 +140,9 @@ def measure_whole(options):
     )
 
 
-def measure_study(options):
+def measure_arms(options):
     "Four arms, two of them corrected, as notebook 24 compares them."
-    from ich_fastai.imbalance import describe_study, difference_table, run_study, table_2
+    from ich_fastai.imbalance import compare_arms, difference_table, finding_table, table_2
 
     y, p, patient = simulate_rsna(options.slices)
     rng, arms = np.random.default_rng(1), {}
@@ -154,12 +154,12 @@ def measure_study(options):
     ):
         x = logit(p) + rng.normal(0, 0.3, p.shape)
         columns = dict(zip(LABELS, y.T, strict=True)) | dict(zip(LOGITS, x.T, strict=True))
-        arms[arm] = pd.DataFrame({"PatientID": patient, "fold": 0, "keep_rate": keep_rate} | columns), {}
+        arms[arm] = pd.DataFrame({"PatientID": patient, "fold": 0, "keep_rate": keep_rate} | columns)
 
     def compare():
-        study = run_study(arms, n_boot=options.resamples)
-        table_2(study)
-        describe_study(study, difference_table(study))
+        compared = compare_arms(arms, n_boot=options.resamples)
+        table_2(compared)
+        finding_table(difference_table(compared))
 
     what = f"Table 2 with all paired differences, 4 arms, raw and corrected, {options.resamples:,} resamples"
     print(f"{what}: {timed(compare):.1f} s")
@@ -208,7 +208,7 @@ def main():
         return run_once(options)
     for section in options.sections or SECTIONS:
         print(
-            f"## {section}, {options.slices:,} slices" if section in ("speed", "memory", "study") else f"## {section}",
+            f"## {section}, {options.slices:,} slices" if section in ("speed", "memory", "arms") else f"## {section}",
             flush=True,
         )
         globals()[f"measure_{section}"](options)
