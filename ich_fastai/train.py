@@ -34,7 +34,7 @@ from fastai.torch_core import get_model
 from sklearn.metrics import roc_auc_score
 
 from .core import COLORS, InputError, read_stage, save_figure, save_table, stage_file, write_file
-from .labels import LABELS, SUBTYPES
+from .labels import LABELS, LOGITS, SUBTYPES
 from .cache import read_size
 from .batches import Settings, find_place, slice_loaders, training_rows
 from .model import build_model, loss_weights, make_card, make_loss, save_model, share_norms
@@ -241,7 +241,7 @@ def _fingerprint(settings: Settings, cache_size: int, rows: pd.DataFrame) -> str
 def _prediction_table(rows: pd.DataFrame, logits: np.ndarray, keep_rate: float) -> pd.DataFrame:
     "predictions.parquet of one fold: ids, labels, logits as the network gives them."
     table = rows[["SOPInstanceUID", "PatientID", "StudyInstanceUID", "fold", *LABELS]].reset_index(drop=True)
-    table[[f"logit_{label}" for label in LABELS]] = logits.astype(np.float32)
+    table[LOGITS] = logits.astype(np.float32)
     return table.assign(keep_rate=keep_rate)
 
 # %% ../nbs/12_train.ipynb #12-043
