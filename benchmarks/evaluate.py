@@ -22,8 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import logit
 
-from ich_fastai.calibrate import LOGITS
-from ich_fastai.labels import LABELS, class_balance, read_combinations
+from ich_fastai.labels import LABELS, LOGITS, class_balance, read_combinations
 from ich_fastai.metrics import draw_patients, find_estimate, mean_metrics, metrics_table, rank_metrics, simulate_scores
 
 SECTIONS = ("speed", "memory", "whole", "arms", "coverage")

@@ -40,7 +40,7 @@ from ich_fastai.cohort import training_rows
 from ich_fastai.core import read_stage
 from ich_fastai.dicom import window
 from ich_fastai.ingest import ingest
-from ich_fastai.labels import LABELS, find_dataset, read_labels, tabulate_labels
+from ich_fastai.labels import LABELS, LOGITS, find_dataset, read_labels, tabulate_labels
 from ich_fastai.metrics import metrics_table
 from ich_fastai.model import build_model, loss_weights, make_loss
 from ich_fastai.phantom import make_phantom
@@ -268,7 +268,7 @@ def train_ours(run_dir, options, seed, epoch_size):
     table = fit(run_dir, settings)
     seconds = time.perf_counter() - start
     seen = read_stage(run_dir, "model/model.json")["training"]["folds"][0]["images_seen"]
-    return seconds, seen, 1 / (1 + np.exp(-table[[f"logit_{label}" for label in LABELS]].to_numpy(np.float64)))
+    return seconds, seen, 1 / (1 + np.exp(-table[LOGITS].to_numpy(np.float64)))
 
 
 def versus_fastai(options):

@@ -34,7 +34,7 @@ from sklearn.metrics import roc_auc_score
 from torch.utils._pytree import tree_map
 
 from .core import COLORS, InputError, read_stage, save_figure, save_table, stage_file, write_file
-from .labels import LABELS, SUBTYPES
+from .labels import LABELS, LOGITS, SUBTYPES
 from .cache import read_size
 from .cohort import training_rows
 from .batches import Settings, find_place, slice_loaders
@@ -233,7 +233,7 @@ def _fingerprint(settings: Settings, cache_size: int, rows: pd.DataFrame) -> str
 def _prediction_table(rows: pd.DataFrame, logits: np.ndarray, keep_rate: float) -> pd.DataFrame:
     "predictions.parquet of one fold: ids, labels, logits as the network gives them."
     table = rows[["SOPInstanceUID", "PatientID", "StudyInstanceUID", "fold", *LABELS]].reset_index(drop=True)
-    table[[f"logit_{label}" for label in LABELS]] = logits.astype(np.float32)
+    table[LOGITS] = logits.astype(np.float32)
     return table.assign(keep_rate=keep_rate)
 
 # %% ../nbs/12_train.ipynb #12-041

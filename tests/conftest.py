@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ich_fastai.calibrate import LOGITS
-from ich_fastai.labels import LABELS
+from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.tiny import tiny_cohort
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -9,10 +9,8 @@ import pytest
 from conftest import PROJECT
 
 from ich_fastai.core import InputError
-from ich_fastai.labels import LABELS
+from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.reproduce import STAGES, declared_parameters, prepare_data
-
-LOGITS = [f"logit_{label}" for label in LABELS]
 
 
 def test_the_chain_runs_and_prints_headline_and_report(tiny_run):

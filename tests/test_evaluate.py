@@ -15,11 +15,11 @@ from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 
-from ich_fastai.calibrate import LOGITS, Fitted, conformal_bound, correct_for_sampling, correct_logits, cross_fit
+from ich_fastai.calibrate import Fitted, conformal_bound, correct_for_sampling, correct_logits, cross_fit
 from ich_fastai.calibrate import score_levels, split_patients
 from ich_fastai.core import InputError
 from ich_fastai.evaluate import evaluate, headline_table, level_metrics
-from ich_fastai.labels import LABELS, read_labels
+from ich_fastai.labels import LABELS, LOGITS, read_labels
 from ich_fastai.metrics import METRICS, RANKS, SAME, Estimate, draw_patients, find_estimate, fit_logistic, label_metrics
 from ich_fastai.metrics import mean_metrics, metrics_table, rank_metrics, say_difference, simulate_scores
 from ich_fastai.metrics import weighted_log_loss, weighted_ratio

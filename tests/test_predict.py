@@ -1,6 +1,5 @@
 "What a user of a trained model gets must be what was evaluated, for every file that was given."
 
-import json
 import shutil
 
 import numpy as np
@@ -8,12 +7,12 @@ import pandas as pd
 import pytest
 from dicom_files import make_file
 
-from ich_fastai.calibrate import calibrate, score_levels
+from ich_fastai.calibrate import calibrate, fit_decisions, score_levels
 from ich_fastai.evaluate import evaluate
-from ich_fastai.core import InputError
-from ich_fastai.labels import LABELS
+from ich_fastai.core import InputError, read_stage
+from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.model import load_model
-from ich_fastai.predict import make_submission, predict_series, save_submission, summarize_studies
+from ich_fastai.predict import CALLS, SETS, decide, make_submission, predict_study, read_sample, summarize_studies
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +25,29 @@ def trained(simulated_run, write_predictions):
 
 
 def test_a_studys_probability_is_the_one_that_was_evaluated(trained):
-    config, predictions = (
-        json.loads((trained / "model" / "model.json").read_text()),
-        pd.read_parquet(trained / "predictions.parquet"),
-    )
+    card, predictions = read_stage(trained, "model/model.json"), read_stage(trained, "predictions.parquet")
     study = score_levels(predictions)["study"]
-    fitted = config["corrections"]["study_calibration"]
+    fitted = card["corrections"]["study_calibration"]
     slope, intercept = (np.array([fitted[label][name] for label in LABELS]) for name in ("slope", "intercept"))
     order = predictions["StudyInstanceUID"].drop_duplicates()
-    got = summarize_studies(predictions.assign(error=None), config).loc[order, list(LABELS)]
+    got = summarize_studies(predictions.assign(error=None), card).loc[order, list(LABELS)]
     assert got.to_numpy() == pytest.approx(calibrate(study.x, slope, intercept), abs=1e-9)
     assert predictions["keep_rate"].max() < 1, "or the order of correction and maximum would not matter"
+
+
+@pytest.mark.parametrize("level", ["slice", "study"])
+def test_calls_and_sets_are_those_of_the_fit(trained, level):
+    card, predictions = read_stage(trained, "model/model.json"), read_stage(trained, "predictions.parquet")
+    d, studies = score_levels(predictions)[level], predictions["StudyInstanceUID"]
+    got = decide(predictions[LOGITS].to_numpy(), card, pd.factorize(studies)[0] if level == "study" else None)
+    fit = fit_decisions(d.y, d.x, d.patients)
+    p, known = calibrate(d.x, fit.slope, fit.intercept), np.isfinite(fit.threshold)
+    called = np.where(known, p >= fit.threshold, np.nan)
+    assert got[CALLS].astype(float).to_numpy() == pytest.approx(called, nan_ok=True)
+    assert got["call_any"].nunique() == 2, "or nothing was compared"
+    present, absent = d.x >= fit.present_from, d.x <= fit.absent_to
+    assert ((got[SETS] == "present").to_numpy() == (present & ~absent)).all()
+    assert ((got[SETS] == "absent").to_numpy() == (absent & ~present)).all() and "undecided" in got[SETS].to_numpy()
 
 
 def test_each_file_is_a_row_that_can_be_told_apart(trained, tmp_path):
@@ -44,7 +55,7 @@ def test_each_file_is_a_row_that_can_be_told_apart(trained, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "good").write_bytes(make_file(SOPInstanceUID="ID_same"))
         (tmp_path / name / "bad").write_bytes(b"junk")
-    result = predict_series(load_model(trained / "model", "cpu"), tmp_path).set_index("file")
+    result = predict_study(load_model(trained / "model", "cpu"), tmp_path).set_index("file")
     assert sorted(result.index) == ["a/bad", "a/good", "b/bad", "b/good"]
     assert result["error"].isna().tolist() == result["any"].notna().tolist() and result["error"].isna().sum() == 1
     assert result.loc["b/good", "error"] == "duplicate: same SOPInstanceUID as a/good"
@@ -64,33 +75,54 @@ def test_a_model_of_no_use_is_one_line(trained, tmp_path, harm):
 
 
 def test_no_files_are_an_error(trained):
-    with pytest.raises(InputError, match="no files"):
-        predict_series(load_model(trained / "model", "cpu"), [])
+    with pytest.raises(InputError, match="nothing in it"):
+        predict_study(load_model(trained / "model", "cpu"), [])
+
+
+def write_sample(csv, slices):
+    csv.write_text("ID,Label\n" + "".join(f"{s}_{label},0.5\n" for s in slices for label in LABELS))
+    return csv
 
 
 def test_submission_follows_the_sample(tmp_path):
-    sample = tmp_path / "sample.csv"
-    sample.write_text("ID,Label\n" + "".join(f"ID_{s}_{label},0.5\n" for s in "cab" for label in LABELS))
+    wanted = read_sample(write_sample(tmp_path / "sample.csv", ("ID_c", "ID_a", "ID_b")))
     p = np.random.default_rng(0).uniform(size=(4, 6))
-    table = make_submission([f"ID_{s}" for s in "abcd"], p, sample)
-    assert table["ID"].to_list() == pd.read_csv(sample)["ID"].to_list() and list(table.columns) == ["ID", "Label"]
-    assert table["Label"].to_list() == p[[2, 0, 1]].ravel().tolist()
-    with pytest.raises(InputError, match="sample.csv: 6 of its rows have no prediction, e.g. ID_b_epidural"):
-        make_submission(["ID_a", "ID_c"], p[:2], sample)
-    predicted = pd.DataFrame(p, columns=LABELS).assign(SOPInstanceUID=[f"ID_{s}" for s in "abcd"])
-    written = pd.read_csv(save_submission(predicted, sample, tmp_path / "submission.csv"))
-    assert written["ID"].to_list() == table["ID"].to_list() and written["Label"].to_numpy() == pytest.approx(
-        table["Label"].to_numpy(), abs=1e-12
-    )
-    with pytest.raises(InputError, match="6 rows have no probability from 0 to 1, e.g. ID_c_epidural"):
-        save_submission(
-            predicted.assign(
-                **{label: predicted[label].where(predicted["SOPInstanceUID"] != "ID_c") for label in LABELS}
-            ),
-            sample,
-            tmp_path / "no.csv",
+    slices = pd.DataFrame(p, columns=LABELS).assign(SOPInstanceUID=[f"ID_{s}" for s in "abcd"])
+    twice = pd.concat([slices.iloc[:1].assign(**dict.fromkeys(LABELS)), slices])  # a duplicate has no probabilities
+    table = make_submission(twice, wanted)
+    assert table["ID"].to_list() == wanted.to_list()
+    assert table["Label"].to_numpy() == pytest.approx(p[[2, 0, 1]].ravel(), abs=1e-12)
+    with pytest.raises(InputError, match="6 of 18 rows of the sample have no probability, e.g. ID_c_epidural"):
+        make_submission(slices[slices["SOPInstanceUID"] != "ID_c"], wanted)
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "", None])
+def test_another_file_is_not_a_sample(tmp_path, text):
+    if text is not None:
+        (tmp_path / "sample.csv").write_text(text)
+    with pytest.raises(InputError, match=r"sample\.csv: not a sample submission with the columns ID,Label"):
+        read_sample(tmp_path / "sample.csv")
+
+
+def test_the_command_writes_slices_studies_and_a_submission(trained, command, tmp_path):
+    (tmp_path / "study").mkdir()
+    for k, uid in enumerate(("ID_a", "ID_b")):
+        file = make_file(
+            SOPInstanceUID=uid, ImagePositionPatient=["-120", "-120", str(5 * k)], StudyInstanceUID="1." * 31
         )
-    assert not (tmp_path / "no.csv").exists()
-    sample.write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match="has the columns a, b; a sample submission has ID,Label"):
-        make_submission(["ID_a"], p[:1], sample)
+        (tmp_path / "study" / uid).write_bytes(file)
+    (tmp_path / "study" / "bad").write_bytes(b"junk")
+    sample = write_sample(tmp_path / "sample.csv", ("ID_b", "ID_a"))
+    arguments = trained / "model", tmp_path / "study", tmp_path / "out.csv", "--device", "cpu", "--submission"
+    done = command("ich-predict", *arguments, sample)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *table, last = done.stdout.splitlines()
+    assert max(map(len, table)) <= 80 and last.startswith("3 files, 1 not usable")
+    slices, studies, submission = (pd.read_csv(tmp_path / f"out{s}.csv") for s in ("", "-studies", "-submission"))
+    assert slices[["call_any", *SETS]].isna().any(axis=1).tolist() == [False, False, True], "the last cannot be read"
+    assert studies["slices"].to_list() == [2] and studies[SETS].isin(["present", "absent", "undecided"]).all(axis=None)
+    assert submission["ID"].to_list() == pd.read_csv(sample)["ID"].to_list()
+    of = slices.set_index("SOPInstanceUID").loc[["ID_b", "ID_a"], list(LABELS)]
+    assert submission["Label"].to_numpy() == pytest.approx(of.to_numpy().ravel(), abs=1e-9)
+    done = command("ich-predict", *arguments, tmp_path / "nowhere.csv")
+    assert done.returncode == 1 and "not a sample submission" in done.stderr and "Traceback" not in done.stderr

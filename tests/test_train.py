@@ -21,12 +21,11 @@ from ich_fastai.tiny import tiny_cohort
 from ich_fastai.batches import Settings, SliceBatches, named_windows, slice_loaders
 from ich_fastai.cohort import training_rows
 from ich_fastai.core import InputError, read_stage
-from ich_fastai.labels import LABELS
+from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.metrics import weighted_log_loss
 from ich_fastai.model import build_model, can_reach_hub, load_model, loss_weights, make_loss, share_norms
 from ich_fastai.train import fit, score_logits, train_arms
 
-LOGITS = [f"logit_{label}" for label in LABELS]
 QUICK = Settings(image_size=32, windows=named_windows(["brain"]), neighbors=0, batch_size=8, epochs=1, epoch_size=24)
 
 
