@@ -23,7 +23,8 @@ import pandas as pd
 from scipy.special import logit
 
 from ich_fastai.labels import LABELS, LOGITS, class_balance, read_combinations
-from ich_fastai.metrics import draw_patients, find_estimate, mean_metrics, metrics_table, rank_metrics, simulate_scores
+from ich_fastai.metrics import draw_patients, find_estimate, mean_metrics, metrics_table, rank_metrics
+from ich_fastai.tiny import simulate_scores
 
 SECTIONS = ("speed", "memory", "whole", "arms", "coverage")
 SLICES_PER_PATIENT = 674_258 / 17_079

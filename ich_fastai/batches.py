@@ -354,7 +354,8 @@ def plot_input(
     import matplotlib.pyplot as plt
 
     n = 2 * settings.neighbors + 1
-    size, bare = (1.65 * n + 0.4, 1.65 * len(settings.windows) + 0.6), {"xticks": [], "yticks": []}
+    size = (1.65 * n + 0.4, 1.65 * len(settings.windows) + 0.6)
+    bare: dict = {"xticks": [], "yticks": []}
     fig, axes = plt.subplots(len(settings.windows), n, figsize=size, squeeze=False, subplot_kw=bare)
     for ax, image in zip(axes.T.flat, x.cpu().float(), strict=True):
         ax.imshow(image, cmap="gray", vmin=-1, vmax=1)

@@ -350,9 +350,7 @@ def read_size(cache_dir: str | Path) -> int:  # px, side of the cached slices
     try:
         return int(json.loads(path.read_text())["size"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{path}: missing or damaged; delete the folder {cache_dir} and run notebook 08_ingest again"
-        ) from None
+        raise InputError(f"{path}: missing or damaged; delete its folder and run notebook 08_ingest again") from None
 
 # %% ../nbs/07_cache.ipynb #07-062
 class Cache:

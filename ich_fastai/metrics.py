@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMPETITION_WEIGHTS', 'ESTIMATE', 'ROUNDING', 'SAME', 'RANKS', 'MEANS', 'METRICS', 'log_losses', 'weighted_log_loss',
-           'simulate_scores', 'draw_patients', 'Estimate', 'find_estimate', 'say_difference', 'rank_metrics',
-           'weighted_log_losses', 'weighted_ratio', 'adaptive_bins', 'mean_metrics', 'fit_logistic', 'label_metrics',
-           'metric_rows', 'metrics_table']
+           'draw_patients', 'Estimate', 'find_estimate', 'say_difference', 'rank_metrics', 'weighted_log_losses',
+           'weighted_ratio', 'adaptive_bins', 'mean_metrics', 'fit_logistic', 'label_metrics', 'metric_rows',
+           'metrics_table']
 
 # %% ../nbs/20_metrics.ipynb #20-002
 from typing import NamedTuple
@@ -39,25 +39,7 @@ def weighted_log_loss(
     "The competition's score: the mean over slices of the log loss, `any` with weight 2, the others 1."
     return float((log_losses(np.asarray(y), p) @ COMPETITION_WEIGHTS).mean())
 
-# %% ../nbs/20_metrics.ipynb #20-013
-def simulate_scores(
-    n: int = 400,  # slices
-    n_patients: int = 60,
-    seed: int = 0,
-    *,
-    center: float | np.ndarray = -1.0,  # mean logit; an array (k,) gives k labels
-    hidden: float = 0.0,  # how much of a patient the probabilities do not know, as a spread of logits
-    digits: int | None = None,  # that probabilities are rounded to, so that they tie
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (n,) or (n, k) 0 or 1; probabilities; (n,) patients, each there
-    "Labels, probabilities and patients whose slices look alike, for examples, tests and benchmarks."
-    rng, shape = np.random.default_rng(seed), np.shape(center)
-    patient = np.sort(np.r_[np.arange(n_patients), rng.integers(n_patients, size=n - n_patients)])
-    x = center + rng.normal(size=(n, *shape)) + rng.normal(size=(n_patients, *shape))[patient]
-    unseen = hidden * rng.normal(size=(n_patients, *shape))[patient]
-    y, p = (rng.random(x.shape) < expit(x + unseen)).astype(int), expit(x)
-    return y, p if digits is None else p.round(digits), patient
-
-# %% ../nbs/20_metrics.ipynb #20-016
+# %% ../nbs/20_metrics.ipynb #20-014
 def draw_patients(
     patients: np.ndarray,  # (n,) ids, one a slice
     n_boot: int,  # draws; none where there is one patient
@@ -69,10 +51,10 @@ def draw_patients(
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot if n > 1 else 0)
     return patient, np.vstack([np.ones((1, n), np.int32), draws.astype(np.int32)])
 
-# %% ../nbs/20_metrics.ipynb #20-019
+# %% ../nbs/20_metrics.ipynb #20-017
 ESTIMATE = ["value", "low", "high", "note"]  # the columns of a table that hold an Estimate
 
-# %% ../nbs/20_metrics.ipynb #20-020
+# %% ../nbs/20_metrics.ipynb #20-018
 class Estimate(NamedTuple):
     "A number with its 95% interval, and why there is none of them or what to mind about it."
 
@@ -95,11 +77,11 @@ class Estimate(NamedTuple):
         value, low, high = map(format_number, self[:3])
         return f"{value} ({low} to {high})" if self.has_interval else value
 
-# %% ../nbs/20_metrics.ipynb #20-023
+# %% ../nbs/20_metrics.ipynb #20-021
 ROUNDING = 1e-12  # what is smaller is rounding
 SAME = "all draws are equal: the interval is too narrow"
 
-# %% ../nbs/20_metrics.ipynb #20-024
+# %% ../nbs/20_metrics.ipynb #20-022
 def find_estimate(
     values: np.ndarray,  # (b,) of the data as they are, then of each draw; nan where undefined
     missing: str = "undefined",  # why there is no value, where there is none
@@ -115,7 +97,7 @@ def find_estimate(
     low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
     return Estimate(value, low, high, SAME if high - low < ROUNDING else rough)
 
-# %% ../nbs/20_metrics.ipynb #20-027
+# %% ../nbs/20_metrics.ipynb #20-025
 def say_difference(
     difference: Estimate,
     above: str = "higher",  # what a difference above 0 means
@@ -127,7 +109,7 @@ def say_difference(
         return "no interval"
     return above if low > ROUNDING else below if high < -ROUNDING else "not resolved"
 
-# %% ../nbs/20_metrics.ipynb #20-030
+# %% ../nbs/20_metrics.ipynb #20-028
 def _rank(y: np.ndarray, p: np.ndarray) -> tuple:
     "Positives and negatives in ascending order of score, and where each falls among the others."
     order = np.argsort(p, kind="stable")
@@ -137,7 +119,7 @@ def _rank(y: np.ndarray, p: np.ndarray) -> tuple:
     find = np.searchsorted
     return pos, neg, find(pn, pp, "left"), find(pn, pp, "right"), find(pp, pp, "left"), find(pp, pn, "right")
 
-# %% ../nbs/20_metrics.ipynb #20-031
+# %% ../nbs/20_metrics.ipynb #20-029
 def _running(draws: np.ndarray, patient: np.ndarray) -> np.ndarray:
     "(b, n + 1) running sums of how often the slices are drawn, starting at 0."
     out = np.zeros((len(draws), len(patient) + 1), draws.dtype)
@@ -145,7 +127,7 @@ def _running(draws: np.ndarray, patient: np.ndarray) -> np.ndarray:
         np.cumsum(draw[patient], out=row[1:])
     return out
 
-# %% ../nbs/20_metrics.ipynb #20-033
+# %% ../nbs/20_metrics.ipynb #20-031
 def _sensitivity_at(wn: np.ndarray, wp: np.ndarray, upto: np.ndarray, specificity: float) -> np.ndarray:
     "(b,) the largest sensitivity whose specificity is at least as wanted, from running sums of draws."
     target = specificity * wn[:, -1] - 1e-9
@@ -153,7 +135,7 @@ def _sensitivity_at(wn: np.ndarray, wp: np.ndarray, upto: np.ndarray, specificit
     k = [np.searchsorted(row[1:], t) for row, t in zip(wn, target, strict=True)]
     return 1 - wp[np.arange(len(wp)), upto[k]] / wp[:, -1]
 
-# %% ../nbs/20_metrics.ipynb #20-035
+# %% ../nbs/20_metrics.ipynb #20-033
 def rank_metrics(
     y: np.ndarray,  # (n,) 0 or 1
     score: np.ndarray,  # (n,) higher where a slice is likelier to be positive
@@ -180,12 +162,12 @@ def rank_metrics(
                 out[name][rows] = np.where(n_neg > 0, _sensitivity_at(wn, wp, pos_upto, s), np.nan)
     return out
 
-# %% ../nbs/20_metrics.ipynb #20-039
+# %% ../nbs/20_metrics.ipynb #20-037
 def _sums(draws: np.ndarray, patient: np.ndarray, *columns: np.ndarray) -> np.ndarray:
     "(len(columns), b) sums of each column (n,) over the slices of every draw."
     return np.stack([np.bincount(patient, c, draws.shape[1]) for c in columns]) @ draws.T
 
-# %% ../nbs/20_metrics.ipynb #20-041
+# %% ../nbs/20_metrics.ipynb #20-039
 def weighted_log_losses(
     y: np.ndarray,  # (n, 6) 0 or 1, columns LABELS
     p: np.ndarray,  # (n, 6) probabilities
@@ -197,7 +179,7 @@ def weighted_log_losses(
     with np.errstate(invalid="ignore"):
         return loss / n
 
-# %% ../nbs/20_metrics.ipynb #20-042
+# %% ../nbs/20_metrics.ipynb #20-040
 def weighted_ratio(
     draws: np.ndarray,  # (b, n_patients); row 0 all ones
     patient: np.ndarray,  # (n,) int, column of `draws`
@@ -212,7 +194,7 @@ def weighted_ratio(
     rough = "" if n >= 5 else f"{n} patients: a rough interval"
     return find_estimate(share, nothing, "one patient: no interval" if n == 1 else "", rough)
 
-# %% ../nbs/20_metrics.ipynb #20-045
+# %% ../nbs/20_metrics.ipynb #20-043
 def adaptive_bins(
     p: np.ndarray,  # (n,) probabilities
     n_bins: int = 10,
@@ -221,7 +203,7 @@ def adaptive_bins(
     edges = np.quantile(p, np.linspace(0, 1, n_bins + 1))
     return np.asarray(np.searchsorted(edges[1:-1], p))
 
-# %% ../nbs/20_metrics.ipynb #20-046
+# %% ../nbs/20_metrics.ipynb #20-044
 def _calibration_error(
     y: np.ndarray, p: np.ndarray, patient: np.ndarray, draws: np.ndarray, n_bins: int = 10
 ) -> np.ndarray:
@@ -237,7 +219,7 @@ def _calibration_error(
     with np.errstate(invalid="ignore"):
         return np.sqrt(np.maximum((in_bin * squared).sum(1) / (in_bin * known).sum(1), 0))
 
-# %% ../nbs/20_metrics.ipynb #20-048
+# %% ../nbs/20_metrics.ipynb #20-046
 def mean_metrics(
     y: np.ndarray,  # (n,) 0 or 1
     p: np.ndarray,  # (n,) probabilities
@@ -253,7 +235,7 @@ def mean_metrics(
         out = {"log_loss": loss / n, "brier": brier / n, "sensitivity": tp / pos, "specificity": tn / neg}
     return out | {"calibration_error": _calibration_error(y, p, patient, draws)}
 
-# %% ../nbs/20_metrics.ipynb #20-051
+# %% ../nbs/20_metrics.ipynb #20-049
 def _newton(x: np.ndarray, n: np.ndarray, xy: np.ndarray, y: np.ndarray, start: tuple = (0.0, 0.0)) -> np.ndarray:
     "(b, 2) slope and intercept of regressions on x, each counted n times (b, k); xy, y (b,): sums of x y and y."
     beta = np.tile(np.array(start), (len(n), 1))
@@ -274,12 +256,10 @@ def _newton(x: np.ndarray, n: np.ndarray, xy: np.ndarray, y: np.ndarray, start: 
             beta, moves = beta + step, np.abs(step).max(1) > 1e-8
             if not moves.any():
                 break
-        known = ~moves & (
-            det > 1e-9 * one * np.ptp(x, axis=1) ** 2
-        )  # or a cut separates, and nothing is known of the slope
+        known = ~moves & (det > 1e-9 * one * np.ptp(x, axis=1) ** 2)  # or a cut separates: any slope will do
     return np.where(known[:, None], beta, np.nan)
 
-# %% ../nbs/20_metrics.ipynb #20-052
+# %% ../nbs/20_metrics.ipynb #20-050
 def fit_logistic(
     x: np.ndarray,  # (n,) logits
     y: np.ndarray,  # (n,) 0 to 1: truth, or soft targets
@@ -289,7 +269,7 @@ def fit_logistic(
         return np.nan, np.nan
     return tuple(_newton(x[None], np.ones((1, len(x))), np.array([x @ y]), np.array([y.sum()]))[0].tolist())
 
-# %% ../nbs/20_metrics.ipynb #20-054
+# %% ../nbs/20_metrics.ipynb #20-052
 def _calibration_slope(y: np.ndarray, p: np.ndarray, patient: np.ndarray, draws: np.ndarray) -> np.ndarray:
     "(b,) the slope of truth on predicted logit: exact in row 0; in draws of many slices, gathered in narrow bins."
     eps = np.finfo(np.float64).eps
@@ -305,12 +285,12 @@ def _calibration_slope(y: np.ndarray, p: np.ndarray, patient: np.ndarray, draws:
     slope = _newton(total / np.maximum(n, 1), n, xy, positive, start)[:, 0]
     return np.r_[start[0], slope[1:]]
 
-# %% ../nbs/20_metrics.ipynb #20-057
+# %% ../nbs/20_metrics.ipynb #20-055
 RANKS = ("auc", "average_precision", "sensitivity_at_specificity_0.9", "sensitivity_at_specificity_0.95")
 MEANS = ("log_loss", "brier", "calibration_error", "sensitivity", "specificity", "calibration_slope")
 METRICS = RANKS + MEANS
 
-# %% ../nbs/20_metrics.ipynb #20-058
+# %% ../nbs/20_metrics.ipynb #20-056
 def label_metrics(
     y: np.ndarray,  # (n,) 0 or 1
     p: np.ndarray,  # (n,) probabilities; any nan: no means
@@ -329,7 +309,7 @@ def label_metrics(
         values |= {"calibration_slope": _calibration_slope(y, p, patient, draws)}
     return values
 
-# %% ../nbs/20_metrics.ipynb #20-061
+# %% ../nbs/20_metrics.ipynb #20-059
 def _why_undefined(metric: str, y: np.ndarray, fitted: bool) -> str:
     "Why a metric has no value; `fitted`: are there probabilities?"
     reasons = (
@@ -343,7 +323,7 @@ def _why_undefined(metric: str, y: np.ndarray, fitted: bool) -> str:
     )
     return next(reason for reason, holds in reasons if holds)
 
-# %% ../nbs/20_metrics.ipynb #20-062
+# %% ../nbs/20_metrics.ipynb #20-060
 def _doubts(metric: str, positives: int, n_patients: int) -> tuple[str, str]:
     "Why a metric has no interval, and why a rough one; `positives`: patients with a positive slice."
     if n_patients < 2:
@@ -352,7 +332,7 @@ def _doubts(metric: str, positives: int, n_patients: int) -> tuple[str, str]:
         return "positives in one patient only: no interval", ""
     return "", f"positives in {positives} patient{'s' * (positives > 1)}: a rough interval" if 0 < positives < 5 else ""
 
-# %% ../nbs/20_metrics.ipynb #20-064
+# %% ../nbs/20_metrics.ipynb #20-062
 def metric_rows(
     label: str,  # for the column of that name
     values: dict[str, np.ndarray],  # metric: (b,), of the data as they are and of every draw
@@ -372,7 +352,7 @@ def metric_rows(
         rows.append(found | counts | {"note": why})
     return rows
 
-# %% ../nbs/20_metrics.ipynb #20-067
+# %% ../nbs/20_metrics.ipynb #20-065
 def metrics_table(
     y: np.ndarray,  # (n, 6) 0 or 1, columns LABELS
     p: np.ndarray,  # (n, 6) probabilities; a column with nan has notes only, apart from ranks

@@ -6,7 +6,7 @@
 __all__ = ['WEIGHT_DECAY', 'split_decay', 'make_learner', 'score_logits', 'gather_rows', 'Journal', 'StopOnNonFinite',
            'FollowEpochs', 'Checkpoint', 'ShardedTrainer', 'Fold', 'fit_fold', 'fit', 'plot_history', 'train_arms']
 
-# %% ../nbs/12_train.ipynb #12-003
+# %% ../nbs/12_train.ipynb #12-002
 import hashlib
 import json
 import shutil
@@ -40,13 +40,13 @@ from .cohort import training_rows
 from .batches import Settings, find_place, slice_loaders
 from .model import build_model, loss_weights, make_card, make_loss, save_model, share_norms
 
-# %% ../nbs/12_train.ipynb #12-008
+# %% ../nbs/12_train.ipynb #12-007
 def split_decay(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:  # weights of layers; norms and biases
     "The parameters with and without weight decay."
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [[p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]]
 
-# %% ../nbs/12_train.ipynb #12-010
+# %% ../nbs/12_train.ipynb #12-009
 WEIGHT_DECAY = 0.01
 
 
@@ -65,7 +65,7 @@ def make_learner(
     learner = Learner(dls, model, loss, optimizer, **how)
     return learner.to_bf16() if dls.device.type == "cuda" else learner
 
-# %% ../nbs/12_train.ipynb #12-015
+# %% ../nbs/12_train.ipynb #12-014
 def score_logits(
     y: np.ndarray,  # (n, 6) 0 or 1
     logits: np.ndarray,  # (n, 6)
@@ -76,7 +76,7 @@ def score_logits(
     subtypes = [auc[label] for label in SUBTYPES if label in auc]
     return {"auc_any": auc.get("any"), "auc_subtypes": float(np.mean(subtypes)) if subtypes else None}
 
-# %% ../nbs/12_train.ipynb #12-017
+# %% ../nbs/12_train.ipynb #12-016
 def gather_rows(
     outputs: torch.Tensor,  # (m, ...) of this process's share of the evaluation batches
     n: int,  # slices in all
@@ -89,7 +89,7 @@ def gather_rows(
     torch.distributed.all_gather(parts, outputs.contiguous())
     return torch.stack(parts, 1).flatten(0, 1)[:n]
 
-# %% ../nbs/12_train.ipynb #12-019
+# %% ../nbs/12_train.ipynb #12-018
 class Journal(Callback):
     "A row of history per epoch, the logits of the last validation, and a progress bar."
 
@@ -127,7 +127,7 @@ class Journal(Callback):
         scores = score_logits(valid.labels.numpy(), self.logits.numpy())
         self.history.append(row | scores | {"seconds": time.perf_counter() - self.start})
 
-# %% ../nbs/12_train.ipynb #12-023
+# %% ../nbs/12_train.ipynb #12-022
 class StopOnNonFinite(Callback):
     "Stop, naming the batch, when a training loss is not finite."
 
@@ -153,7 +153,7 @@ class StopOnNonFinite(Callback):
             where = f"epoch {self.epoch + 1}, batch {first + 1} of {len(loader)}, with the slices {names}"
             raise InputError(f"the loss is not finite in {where}: lower lr, or look at these slices")
 
-# %% ../nbs/12_train.ipynb #12-026
+# %% ../nbs/12_train.ipynb #12-025
 class FollowEpochs(Callback):
     "Tell the training batches which epoch it is, and seed what the network draws in it (dropout)."
 
@@ -164,7 +164,7 @@ class FollowEpochs(Callback):
         loader.epoch, key = self.epoch, [loader.settings.seed, self.epoch, loader.place.rank]
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
-# %% ../nbs/12_train.ipynb #12-029
+# %% ../nbs/12_train.ipynb #12-028
 class Checkpoint(Callback):
     "Write the whole state of training after each epoch."
 
@@ -194,7 +194,7 @@ class Checkpoint(Callback):
         learner.journal.history, learner.journal.logits = state["history"], state["logits"].cpu()
         return state["epoch"]
 
-# %% ../nbs/12_train.ipynb #12-033
+# %% ../nbs/12_train.ipynb #12-032
 class ShardedTrainer(DistributedTrainer):
     "fastai's trainer for several processes, for batches that are shared out already."
 
@@ -205,7 +205,7 @@ class ShardedTrainer(DistributedTrainer):
     def _wrap_dl(self, dl):
         return dl
 
-# %% ../nbs/12_train.ipynb #12-035
+# %% ../nbs/12_train.ipynb #12-034
 def _train(learner: Learner, settings: Settings) -> None:
     "Run the one-cycle schedule, from the checkpoint's epoch on where there is one."
     start, device = learner.checkpoint.resume(), learner.dls.device
@@ -223,20 +223,20 @@ def _train(learner: Learner, settings: Settings) -> None:
         sizes = f"batch_size={settings.batch_size}, image_size={settings.image_size}"
         raise InputError(f"out of memory on {device} with {sizes}: lower one of them") from e
 
-# %% ../nbs/12_train.ipynb #12-037
+# %% ../nbs/12_train.ipynb #12-036
 def _fingerprint(settings: Settings, cache_size: int, rows: pd.DataFrame) -> str:
     "A hash of the settings, the cache's size and the training slices."
     text = json.dumps([asdict(settings), cache_size, rows["SOPInstanceUID"].tolist()])
     return hashlib.sha256(text.encode()).hexdigest()
 
-# %% ../nbs/12_train.ipynb #12-039
+# %% ../nbs/12_train.ipynb #12-038
 def _prediction_table(rows: pd.DataFrame, logits: np.ndarray, keep_rate: float) -> pd.DataFrame:
     "predictions.parquet of one fold: ids, labels, logits as the network gives them."
     table = rows[["SOPInstanceUID", "PatientID", "StudyInstanceUID", "fold", *LABELS]].reset_index(drop=True)
     table[LOGITS] = logits.astype(np.float32)
     return table.assign(keep_rate=keep_rate)
 
-# %% ../nbs/12_train.ipynb #12-041
+# %% ../nbs/12_train.ipynb #12-040
 class Fold(NamedTuple):
     "What comes of one fold."
 
@@ -271,7 +271,7 @@ def fit_fold(
     predictions = _prediction_table(cohort[cohort["fold"] == fold], journal.logits.numpy(), keep_rate)
     return Fold(learner.model, predictions, pd.DataFrame(journal.history).assign(fold=fold), facts)
 
-# %% ../nbs/12_train.ipynb #12-044
+# %% ../nbs/12_train.ipynb #12-043
 def fit(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,
@@ -298,7 +298,7 @@ def fit(
         shutil.rmtree(checkpoints, ignore_errors=True)
     return predictions
 
-# %% ../nbs/12_train.ipynb #12-046
+# %% ../nbs/12_train.ipynb #12-045
 def plot_history(
     histories: dict[str, pd.DataFrame],  # arm: history.csv
 ):  # matplotlib Figure
@@ -318,7 +318,7 @@ def plot_history(
     fig.legend(loc="outside lower center", ncols=2)
     return fig
 
-# %% ../nbs/12_train.ipynb #12-048
+# %% ../nbs/12_train.ipynb #12-047
 def train_arms(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,

@@ -21,7 +21,8 @@ from ich_fastai.core import InputError
 from ich_fastai.evaluate import evaluate, headline_table, level_metrics
 from ich_fastai.labels import LABELS, LOGITS, read_labels
 from ich_fastai.metrics import METRICS, RANKS, SAME, Estimate, draw_patients, find_estimate, fit_logistic, label_metrics
-from ich_fastai.metrics import mean_metrics, metrics_table, rank_metrics, say_difference, simulate_scores
+from ich_fastai.metrics import mean_metrics, metrics_table, rank_metrics, say_difference
+from ich_fastai.tiny import simulate_scores
 from ich_fastai.metrics import weighted_log_loss, weighted_ratio
 from ich_fastai.tiny import tiny_phantom
 

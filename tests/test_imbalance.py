@@ -13,7 +13,8 @@ from ich_fastai.core import InputError
 from ich_fastai.evaluate import level_metrics
 from ich_fastai.imbalance import compare, compare_arms, read_arms, table_2
 from ich_fastai.labels import LABELS
-from ich_fastai.metrics import draw_patients, simulate_scores, weighted_log_loss
+from ich_fastai.metrics import draw_patients, weighted_log_loss
+from ich_fastai.tiny import simulate_scores
 
 ARMS = ("undersample+inverse", "none+inverse", "none+none", "undersample+none")
 R = 0.2  # share of the normal slices that undersampling keeps

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from ich_fastai.labels import LABELS, read_combinations
-from ich_fastai.metrics import simulate_scores
+from ich_fastai.tiny import simulate_scores
 from ich_fastai.paper import compare_paper, make_paper
 
 
