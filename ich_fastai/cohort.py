@@ -26,7 +26,7 @@ def join_labels(
     good = slices[slices["error"].isna()].drop_duplicates("SOPInstanceUID")
     joined = good.merge(labels, left_on="SOPInstanceUID", right_index=True, how="inner")
     if joined.empty:
-        what = f"none of the {len(slices):,} DICOM files ({len(good):,} readable) has a label among {len(labels):,}"
+        what = f"no label for any DICOM file: {len(slices):,} there, {len(good):,} readable; {len(labels):,} labels"
         raise InputError(f"{what}: do the label CSV and the folder belong together?")
     order = ["PatientID", "StudyInstanceUID", "SeriesInstanceUID", "z_mm", "SOPInstanceUID"]
     return joined.sort_values(order, ignore_index=True)

@@ -73,7 +73,7 @@ def reliability_table(
     levels: dict[str, Level],  # of `score_levels`
     n_bins: int = 10,
 ) -> pd.DataFrame:  # level, label, probabilities, bin, predicted, observed, n
-    "Predicted and seen share in adaptive bins, for the three kinds of probabilities."
+    "Predicted and observed share in adaptive bins, for the three kinds of probabilities."
     tables = []
     for level, d in levels.items():
         for k, label in enumerate(LABELS):

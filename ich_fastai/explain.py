@@ -199,10 +199,7 @@ def plot_mistakes(
     for ax, image, row in zip(axes.flat, hu, mistakes.itertuples(), strict=False):
         ax.imshow(window(image, "brain"), vmin=0, vmax=1)
         ax.set_title(f"{row.kind}, p = {row.p:.2f}\n" + row.truth.replace(", ", ",\n"), fontsize=9)
-    words = {
-        "false alarm": "false alarms on {:,} of {:,} normal slices",
-        "missed": "{:,} of {:,} that bleed are missed",
-    }
+    words = {"false alarm": "false alarms: {:,} of {:,} normal slices", "missed": "missed: {:,} of {:,} that bleed"}
     counts = mistakes.drop_duplicates("kind")[["kind", "mistakes", "among"]].itertuples(index=False)
     says = [words[kind].format(*numbers) for kind, *numbers in counts] or ["no call is known to be wrong"]
     fig.suptitle(f"The surest mistakes, brain window{note and ', ' + note}\n{'; '.join(says)}")

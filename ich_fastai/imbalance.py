@@ -270,7 +270,7 @@ def compare(
     tables["imbalance_words"] = finding_table(differences)
     for name, table in tables.items():
         save_table(table, Path(run_dir) / "tables" / f"{name}.csv")
-    caption = "The arms of the study on the same held-out patients."
+    caption = "The arms on the same held-out patients."
     figures = {"imbalance.svg": (plot_imbalance(tables["table_2"], note), caption)}
     if len(arms.values) > 1:
         chance = "Where nothing differs, one interval in twenty leaves 0 out."

@@ -147,8 +147,8 @@ def describe_todo(job: Job) -> str:
     open_job(job)
     names = [name for files in job.todo.values() for name in files]
     n_bytes = sum(path.stat().st_size for path in map(job.dicom_dir.joinpath, names) if path.is_file())
-    what = f"{len(job.plan):,} files, {len(names):,} of them to read ({n_bytes / 1e6:,.0f} MB)"
-    return f"{what} into {len(job.todo):,} shards (at most {2 * len(names) * job.size**2 / 1e6:,.0f} MB)"
+    what = f"files: {len(job.plan):,}, to read: {len(names):,} ({n_bytes / 1e6:,.0f} MB)"
+    return f"{what}, shards to write: {len(job.todo):,} (at most {2 * len(names) * job.size**2 / 1e6:,.0f} MB)"
 
 # %% ../nbs/08_ingest.ipynb #08-031
 _DASK_DEATHS = {"KilledWorker", "CommClosedError", "ClosedClientError"}  # by name: Dask need not be installed
@@ -334,7 +334,7 @@ def ingest(
         raise InputError(f"{cache_dir}: cannot be written ({e.strerror}); choose another folder or free space") from e
     if slices["error"].notna().all():
         example = "{file}: {error}".format(**slices.iloc[0])
-        raise InputError(f"{dicom_dir}: no CT slice among {len(slices):,} files, e.g. {example}")
+        raise InputError(f"{dicom_dir}: no CT slice in this folder (files: {len(slices):,}), e.g. {example}")
     return slices
 
 # %% ../nbs/08_ingest.ipynb #08-061
@@ -348,7 +348,7 @@ def count_errors(
 def _summary(slices: pd.DataFrame, seconds: float) -> str:
     "Files, bytes, seconds and the errors by kind, in lines of text."
     errors = count_errors(slices)
-    head = f"{len(slices):,} files, {slices['bytes'].sum() / 1e6:,.0f} MB, {errors.sum():,} unusable, {seconds:.1f} s"
+    head = f"files: {len(slices):,}, {slices['bytes'].sum() / 1e6:,.0f} MB, {errors.sum():,} unusable, {seconds:.1f} s"
     return "\n".join([head, *(f"{n:>8,} x {kind}" for kind, n in errors.items())])
 
 # %% ../nbs/08_ingest.ipynb #08-067

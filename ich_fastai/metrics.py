@@ -236,27 +236,30 @@ def mean_metrics(
     return out | {"calibration_error": _calibration_error(y, p, patient, draws)}
 
 # %% ../nbs/20_metrics.ipynb #20-049
+def _logistic_loss(beta: np.ndarray, x: np.ndarray, n: np.ndarray, xy: np.ndarray, y: np.ndarray) -> np.ndarray:
+    "(b,) minus log-likelihood at slope and intercept beta (b, 2); x, n (b, k): points and counts; xy, y (b,): sums."
+    return (n * np.logaddexp(0, beta[:, :1] * x + beta[:, 1:])).sum(1) - beta[:, 0] * xy - beta[:, 1] * y
+
+
 def _newton(x: np.ndarray, n: np.ndarray, xy: np.ndarray, y: np.ndarray, start: tuple = (0.0, 0.0)) -> np.ndarray:
-    "(b, 2) slope and intercept of regressions on x, each counted n times (b, k); xy, y (b,): sums of x y and y."
-    beta = np.tile(np.array(start), (len(n), 1))
-
-    def loss(beta):
-        return (n * np.logaddexp(0, beta[:, :1] * x + beta[:, 1:])).sum(1) - beta[:, 0] * xy - beta[:, 1] * y
-
+    "(b, 2) where that loss is least; nan where it has no least, as a cut separates. Rows that are done are left alone."
+    data, beta = (np.broadcast_to(x, n.shape), n, xy, y), np.tile(np.array(start), (len(n), 1))
+    known, left = np.zeros(len(n), bool), np.arange(len(n))
     with np.errstate(all="ignore"):
         for _ in range(50):
-            q = expit(beta[:, :1] * x + beta[:, 1:])
+            b, (x, n, xy, y) = beta[left], (a[left] for a in data)
+            q = expit(b[:, :1] * x + b[:, 1:])
             gx, g1, v = xy - (n * q * x).sum(1), y - (n * q).sum(1), n * q * (1 - q)
             xx, x1, one = (v * x * x).sum(1), (v * x).sum(1), v.sum(1)
             step = np.c_[one * gx - x1 * g1, xx * g1 - x1 * gx] / (det := xx * one - x1 * x1)[:, None]
+            before, worse = _logistic_loss(b, x, n, xy, y), np.arange(len(left))
             for _ in range(10):  # shorter where the loss would grow
-                if not (worse := ~(loss(beta + step) <= loss(beta) + 1e-9)).any():
-                    break
+                after = _logistic_loss(b[worse] + step[worse], x[worse], n[worse], xy[worse], y[worse])
+                worse = worse[~(after <= before[worse] + 1e-9)]
                 step[worse] /= 2
-            beta, moves = beta + step, np.abs(step).max(1) > 1e-8
-            if not moves.any():
-                break
-        known = ~moves & (det > 1e-9 * one * np.ptp(x, axis=1) ** 2)  # or a cut separates: any slope will do
+            beta[left], ends = b + step, ~(np.abs(step).max(1) > 1e-8)
+            known[left[ends]] = (det > 1e-9 * one * np.ptp(x, axis=1) ** 2)[ends]
+            left = left[~ends]
     return np.where(known[:, None], beta, np.nan)
 
 # %% ../nbs/20_metrics.ipynb #20-050

@@ -327,4 +327,4 @@ def ich_phantom(
     "Make a synthetic head-CT dataset in the RSNA layout."
     how: dict = dict(workers=workers or None, shortcut=shortcut, compress=compress, progress=True)
     make_phantom(out_dir, n_patients, seed, prevalence, **how)
-    print(f"{out_dir}: {n_patients} synthetic patients")
+    print(f"{out_dir}: synthetic patients: {n_patients}")

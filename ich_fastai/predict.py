@@ -217,7 +217,7 @@ def make_submission(
 def ich_predict(
     model: str,  # model/ folder of a run
     dicom: str,  # a DICOM file, or a folder, searched with its subfolders
-    out: str,  # CSV to write: a row per slice; the studies go to the screen and into OUT-studies.csv
+    out: str,  # CSV to write: a row per file; the studies go to the screen and into OUT-studies.csv
     device: str = "",  # cuda or cpu; cuda where there is one by default
     submission: str = "",  # the competition's sample submission: its rows are written into OUT-submission.csv
 ):

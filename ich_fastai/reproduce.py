@@ -383,14 +383,15 @@ def copy_outputs(
 
     run_dir, folder, filled = Path(run_dir).resolve(), Path(nbs or project_dir() / "nbs"), []
     for path in sorted((run_dir / "notebooks").glob("*.ipynb")):
-        ran = [c for c in nbformat.read(path, 4).cells if "injected-parameters" not in c.metadata.get("tags", ())]
-        own = nbformat.read(folder / path.name, 4)
-        if [c.source for c in ran] != [c.source for c in own.cells]:
-            raise InputError(f"{path.stem}: has changed since this run; run it again")
-        for cell, done in zip(own.cells, ran, strict=True):
-            if cell.cell_type == "code":
-                kept = json.dumps([o for o in done.outputs if o.get("name") != "stderr"])  # progress bars, warnings
-                cell.outputs = nbformat.from_dict(json.loads(kept.replace(str(run_dir), f"runs/{run_dir.name}")))
-        nbformat.write(own, folder / path.name)
+        ran = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+        ran = [c for c in ran if "injected-parameters" not in c.metadata.get("tags", ())]
+        notebook = nbformat.read(folder / path.name, 4)
+        own = [c for c in notebook.cells if c.cell_type == "code"]
+        if [c.source for c in ran] != [c.source for c in own]:
+            raise InputError(f"{path.stem}: its code has changed since this run; run it again")
+        for cell, done in zip(own, ran, strict=True):
+            kept = json.dumps([o for o in done.outputs if o.get("name") != "stderr"])  # progress bars, warnings
+            cell.outputs = nbformat.from_dict(json.loads(kept.replace(str(run_dir), f"runs/{run_dir.name}")))
+        nbformat.write(notebook, folder / path.name)
         filled.append(path.stem)
     return filled

@@ -346,7 +346,7 @@ def test_dry_run_writes_nothing(folder, tmp_path):
     megabytes = sum(p.stat().st_size for p in folder.iterdir()) / 1e6
     assert (
         process.returncode == 0
-        and f"{N_FILES:,} files, {N_FILES:,} of them to read ({megabytes:,.0f} MB)" in out
+        and f"files: {N_FILES:,}, to read: {N_FILES:,} ({megabytes:,.0f} MB)" in out
         and "5 shards" in out
     )
     assert not (tmp_path / "run").exists()
