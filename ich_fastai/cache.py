@@ -213,6 +213,8 @@ class Decoder(Helper):
             raise DicomError(f"cannot be decoded: the decoder took more than {DECODE_SECONDS} s") from e
         except (EOFError, OSError) as e:
             raise DicomError("cannot be decoded: the decoder crashed") from e
+        except Exception as e:  # whatever a broken file makes the decoder raise
+            raise DicomError(f"cannot be decoded: {type(e).__name__}: {e}"[:200]) from e
 
 # %% ../nbs/07_cache.ipynb #07-035
 def resize_slice(

@@ -113,7 +113,9 @@ def read_stage(
     read = {".parquet": pd.read_parquet, ".csv": pd.read_csv, ".json": lambda p: json.loads(p.read_text("utf-8"))}
     try:
         return read[path.suffix](path)
-    except (OSError, ValueError) as e:  # pyarrow's, pandas' and json's errors are ValueErrors
+    except PermissionError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+    except (OSError, ValueError) as e:  # pyarrow's, pandas' and json's errors are either
         raise InputError(f"{path}: damaged; run notebook {MAKERS[name]} again on the same run_dir") from e
 
 # %% ../nbs/00_core.ipynb #00-021

@@ -9,6 +9,7 @@ __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'WINDOWS', 'plot_row', 'slice_position', '
            'window', 'plot_windows', 'draw_figure_1']
 
 # %% ../nbs/02_dicom.ipynb #02-002
+import errno
 import io
 import math
 import os
@@ -67,23 +68,25 @@ def open_file(
 ) -> Iterator[tuple[io.FileIO, os.stat_result]]:  # the open file, and its size and time
     "A file to read from. Raises `DicomError` for what is not a readable file of 1 to MAX_BYTES bytes."
     try:
-        about = os.stat(path)
-        if not stat.S_ISREG(about.st_mode):
-            raise DicomError("not a file: a folder, pipe, socket or device")
-        if not 0 < about.st_size <= MAX_BYTES:
-            raise DicomError(f"file too large: {about.st_size} bytes" if about.st_size else "empty file")
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+            about = os.fstat(file.fileno())  # of what was opened, whatever the name means by now
+            if not stat.S_ISREG(about.st_mode):
+                raise DicomError("not a file: a folder, pipe, socket or device")
+            if not 0 < about.st_size <= MAX_BYTES:
+                raise DicomError(f"file too large: {about.st_size} bytes" if about.st_size else "empty file")
             yield file, about
     except (OSError, ValueError) as e:  # ValueError: a null character in the path
         if isinstance(e, DicomError):
             raise
+        if getattr(e, "errno", 0) in (errno.EISDIR, errno.ENXIO):  # a folder, a socket
+            raise DicomError("not a file: a folder, pipe, socket or device") from e
         raise DicomError(f"cannot be read: {getattr(e, 'strerror', None) or e}") from e
 
 # %% ../nbs/02_dicom.ipynb #02-021
 def read_file(path: str | Path) -> bytes:
     "A file's bytes. Raises `DicomError` as `open_file` does."
     with open_file(path) as (file, about):
-        return file.read(about.st_size)
+        return b"".join(iter(lambda: file.read(about.st_size), b""))  # a network drive may give less than asked for
 
 # %% ../nbs/02_dicom.ipynb #02-024
 def _read_dataset(data: bytes | memoryview):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KIND_COLORS', 'HEADLINES', 'level_metrics', 'plot_auc', 'reliability_table', 'plot_reliability', 'threshold_table',
-           'coverage_table', 'headline_table', 'update_model', 'evaluate']
+           'coverage_table', 'headline_table', 'update_model', 'evaluate', 'metrics_table', 'weighted_log_loss']
 
 # %% ../nbs/22_evaluate.ipynb #22-003
 from pathlib import Path
@@ -17,6 +17,8 @@ from .labels import LABELS, LABEL_COLORS, SUBTYPES
 from .metrics import ESTIMATE, Estimate, adaptive_bins, draw_patients, metrics_table, weighted_ratio
 from .metrics import weighted_log_loss  # noqa: F401  a public name of this room, like metrics_table
 from .calibrate import Level, fit_decisions, score_levels
+
+_all_ = ["metrics_table", "weighted_log_loss"]
 
 # %% ../nbs/22_evaluate.ipynb #22-010
 KIND_COLORS = {"raw": "#999999", "corrected": "#E69F00", "calibrated": "#0072B2"}

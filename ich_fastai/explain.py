@@ -10,6 +10,7 @@ __all__ = ['CUTS', 'HEADER_TAGS', 'score_slices', 'Groups', 'bleeding_area', 'sl
 
 # %% ../nbs/23_explain.ipynb #23-003
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -283,7 +284,8 @@ def find_evidence(
     from ich_fastai.model import load_model
 
     model, labels = load_model(Path(run_dir) / "model", "cpu"), rows["label"].to_numpy()
-    batches = SliceBatches(rows, stage_file(run_dir, "cache"), model.settings, train=False)
+    few = replace(model.settings, batch_size=16)  # with gradients, on the CPU
+    batches = SliceBatches(rows, stage_file(run_dir, "cache"), few, train=False)
     cams = [grad_cam(model.network, x, labels[at].tolist()) for at, (x, _) in zip(batches.rows(), batches, strict=True)]
     hu, masks = batches.cache.gather(rows["address"].to_numpy()), None
     if data_dir and is_phantom(data_dir) and set(labels) <= set(SUBTYPES):

@@ -16,10 +16,10 @@ import pandas as pd
 from scipy.special import expit
 
 from .core import InputError, data_note, read_stage, save_captioned, save_table
-from .labels import LABELS
+from .labels import LABELS, LOGITS
 from .metrics import ESTIMATE, Estimate, draw_patients, label_metrics, metric_rows
 from .metrics import say_difference, weighted_log_losses
-from .calibrate import LOGITS, correct_logits
+from .calibrate import correct_logits
 from .evaluate import KIND_COLORS
 
 # %% ../nbs/24_imbalance.ipynb #24-008
@@ -30,7 +30,10 @@ def read_arms(
     run_dir = Path(run_dir)
     arms: dict[str, pd.DataFrame] = {}
     for folder in (run_dir, *sorted(p.parent for p in (run_dir / "arms").glob("*/predictions.parquet"))):
-        arm = "{balance}+{class_weights}".format(**read_stage(folder, "model/model.json")["settings"])
+        settings = read_stage(folder, "model/model.json").get("settings")
+        if not settings:
+            raise InputError(f"{folder}: trained by an earlier version; run notebook 12 again")
+        arm = "{balance}+{class_weights}".format(**settings)
         predictions = read_stage(folder, "predictions.parquet").set_index("SOPInstanceUID", drop=False)
         ids = next(iter(arms.values()))["SOPInstanceUID"] if arms else predictions.index
         if set(predictions.index) != set(ids):
@@ -184,7 +187,8 @@ def finding_table(
         row = {"comparison": f"{arm}: corrected minus raw" if minus == "raw" else f"{arm} minus {minus}, corrected"}
         for key, (name, _, above, below) in SHOWN.items():
             difference = Estimate(*of.loc[key, ESTIMATE])
-            row[name] = f"{say_difference(difference, above, below)}: {difference}"
+            why = f" ({difference.why})" if difference.has_value and not difference.has_interval else ""
+            row[name] = f"{say_difference(difference, above, below)}: {difference}{why}"
         rows.append(row)
     return pd.DataFrame(rows or [{"comparison": "none: one arm was run, without undersampling"}])
 

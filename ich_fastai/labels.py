@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .core import COLORS, InputError, format_table, name_some, project_dir, save_figure, save_table
+from .core import COLORS, MISSING, InputError, name_some, project_dir, save_figure, save_table
 
 # %% ../nbs/01_labels.ipynb #01-007
 SUBTYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
@@ -158,18 +158,15 @@ def plot_cooccurrence(
 ):  # matplotlib Figure
     "Heat maps side by side on one color scale; a dash where nothing is given."
     import matplotlib.pyplot as plt
+    import seaborn as sns
 
-    size = (4.3 * len(tables) + 1.6, 4.4)
-    fig, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, sharey=True)
+    fig, axes = plt.subplots(1, len(tables), figsize=(4.3 * len(tables) + 1.6, 4.4), squeeze=False, sharey=True)
     for ax, (title, table) in zip(axes[0], tables.items(), strict=True):
-        image = ax.imshow(table, vmin=0, vmax=1, cmap="cividis")
-        for (i, j), text in np.ndenumerate(format_table(table, 2)):
-            ax.text(j, i, text, ha="center", va="center", color="white" if table.iat[i, j] < 0.5 else "black")
-        ax.set_xticks(range(len(LABELS)), LABELS, rotation=35, ha="right")
-        ax.set_yticks(range(len(LABELS)), LABELS)
-        ax.set(title=title, xlabel="also carries")
-    axes[0, 0].set_ylabel("given")
-    fig.colorbar(image, ax=axes, label="p(column given row)")
+        text = table.map(lambda p: MISSING if np.isnan(p) else f"{p:.2f}")
+        bar = {"cbar": ax is axes[0, -1], "cbar_kws": {"label": "p(column given row)"}}
+        sns.heatmap(table.fillna(0), vmin=0, vmax=1, cmap="cividis", annot=text, fmt="", ax=ax, **bar)
+        ax.set_xticklabels(LABELS, rotation=35, ha="right")
+        ax.set(title=title, xlabel="also carries", ylabel="given" if ax is axes[0, 0] else "")
     return fig
 
 # %% ../nbs/01_labels.ipynb #01-050

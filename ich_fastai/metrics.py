@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
-from .core import MISSING, format_number
+from .core import MISSING
 from .labels import LABELS
 
 # %% ../nbs/20_metrics.ipynb #20-006
@@ -74,7 +74,7 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         if not self.has_value:
             return str(self.why or MISSING)
-        value, low, high = map(format_number, self[:3])
+        value, low, high = (f"{v or 0.0:,.3f}".replace("-0.000", "0.000") for v in self[:3])
         return f"{value} ({low} to {high})" if self.has_interval else value
 
 # %% ../nbs/20_metrics.ipynb #20-021
@@ -103,10 +103,12 @@ def say_difference(
     above: str = "higher",  # what a difference above 0 means
     below: str = "lower",
 ) -> str:
-    "The interval of a difference in a word: `above`, `below`, or `not resolved` where it holds 0."
+    "The interval of a difference in a word: `above`, `below`, `not resolved` where it holds 0, `equal` in every draw."
     low, high = difference.low or 0.0, difference.high or 0.0
     if not difference.has_interval:
         return "no interval"
+    if max(abs(low), abs(high)) < ROUNDING:
+        return "equal"
     return above if low > ROUNDING else below if high < -ROUNDING else "not resolved"
 
 # %% ../nbs/20_metrics.ipynb #20-028
@@ -244,7 +246,8 @@ def _logistic_loss(beta: np.ndarray, x: np.ndarray, n: np.ndarray, xy: np.ndarra
 def _newton(x: np.ndarray, n: np.ndarray, xy: np.ndarray, y: np.ndarray, start: tuple = (0.0, 0.0)) -> np.ndarray:
     "(b, 2) where that loss is least; nan where it has no least, as a cut separates. Rows that are done are left alone."
     data, beta = (np.broadcast_to(x, n.shape), n, xy, y), np.tile(np.array(start), (len(n), 1))
-    known, left = np.zeros(len(n), bool), np.arange(len(n))
+    known: np.ndarray = np.zeros(len(n), bool)
+    left = np.arange(len(n))
     with np.errstate(all="ignore"):
         for _ in range(50):
             b, (x, n, xy, y) = beta[left], (a[left] for a in data)

@@ -59,7 +59,8 @@ def read_study(
     with Decoder() as decoder:
         for i, path in enumerate(paths):
             pixels, row = read_row(path, size, decoder)
-            hu[i] = 0 if pixels is None else pixels
+            if pixels is not None:
+                hu[i] = pixels
             rows.append(row | {"file": printable(os.path.relpath(path, root)), "shard": 0, "row": i})
     return hu, mark_duplicates(make_table(rows), {}).to_pandas()
 

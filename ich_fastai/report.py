@@ -32,7 +32,7 @@ blockquote { margin: .5rem 0 1rem; padding: 0; color: var(--soft); font-size: 1.
 .scroll, .jp-RenderedHTMLCommon, .jp-OutputArea-output, .output_html, .rendered_html { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .8rem 0 }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
-th { font-weight: 600 }
+th { font-weight: 600 } .scroll:not(.text) td { white-space: nowrap }
 td:first-child, th:first-child, .text td, .text th, .text_cell td, .text_cell th { text-align: left }
 pre, code { font: 13px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
 .highlight pre, .page > pre { background: var(--tint); padding: .7rem .9rem; overflow-x: auto; border-radius: 4px }
@@ -115,7 +115,11 @@ def render_table(
     "A CSV of the run as an HTML table."
     if not csv.is_file():
         return f'<p class="soft">{csv.name}: not made in this run.</p>'
-    table = pd.read_csv(csv).convert_dtypes(convert_floating=False)
+    table = (
+        pd.read_csv(csv, keep_default_na=False, na_values=[""])
+        .dropna(axis=1, how="all")
+        .convert_dtypes(convert_floating=False)
+    )
     words = any(
         pd.api.types.is_string_dtype(table[c]) and table[c].str.contains(r"[a-z]{3}").any() for c in table.columns[1:]
     )
@@ -276,7 +280,7 @@ def write_site(
                 path, page, home="../" * depth + "index.html" if page != out / "index.html" else "", pages=pages
             )
         else:
-            render_notebook(path, page, synthetic=path.stem[0] in "1234", pages=pages)
+            render_notebook(path, page, synthetic=path.stem != "00_core", pages=pages)
     shutil.copytree(home / "nbs" / "images", out / "nbs" / "images", dirs_exist_ok=True)
     for name in ("LICENSE", "CITATION.cff"):
         shutil.copy(home / name, out)

@@ -25,7 +25,7 @@ from typing import Annotated, NamedTuple
 
 from fastcore.script import call_parse
 
-from .core import InputError, project_dir, save_json
+from .core import InputError, data_note, project_dir, save_json
 from .labels import find_dataset
 from .report import SYNTHETIC, write_report
 
@@ -279,7 +279,8 @@ def kept_seconds(
     for name in (*seconds, "make_phantom") if seconds else ():
         changed = sorted(k for k in declared.get(name, ()) if params.get(k) != manifest["parameters"].get(k))
         if changed:
-            raise InputError(f"{name} ran with other parameters ({', '.join(changed)}): start at an earlier notebook")
+            what = f"{name} ran with other parameters ({', '.join(changed)})"
+            raise InputError(f"{what}: leave out --resume and --from, or choose another folder with --out")
     return seconds
 
 # %% ../nbs/42_reproduce.ipynb #42-044
@@ -310,7 +311,7 @@ def prepare_run(
     if resume and seconds and earlier["inputs"] != inputs:
         raise InputError(f"{run_dir}: cannot resume, the data is not what it was; run without --resume")
     about: dict = {"preset": Path(preset).stem, "parameters": params, "data": data_dir.name}
-    about |= {"synthetic": (data_dir / "phantom.json").is_file(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    about |= {"synthetic": bool(data_note(data_dir)), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     manifest = about | {"inputs": inputs, **describe_software(), "seconds": seconds}
     save_json(manifest, path)
     given = params | {"data_dir": str(data_dir), "run_dir": str(run_dir)}
@@ -330,6 +331,7 @@ def reproduce(
 ) -> Path:  # index.html of the run
     "Run the study and write its report. Raises `InputError` for a mistake of the user or a notebook that fails."
     stages = select_stages(first, last)
+    os.environ["IN_TEST"] = "1"  # the notebooks draw no progress bars into their outputs
     run_dir = Path(out or project_dir() / "runs" / Path(preset).stem).resolve()
     with hold_folder(run_dir):
         run = prepare_run(preset, data, run_dir, settings or {}, stages, resume)
@@ -382,7 +384,8 @@ def copy_outputs(
     import nbformat
 
     run_dir, folder, filled = Path(run_dir).resolve(), Path(nbs or project_dir() / "nbs"), []
-    for path in sorted((run_dir / "notebooks").glob("*.ipynb")):
+    seconds = json.loads((run_dir / "manifest.json").read_text())["seconds"]
+    for path in (run_dir / "notebooks" / f"{name}.ipynb" for name in sorted(seconds)):
         ran = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
         ran = [c for c in ran if "injected-parameters" not in c.metadata.get("tags", ())]
         notebook = nbformat.read(folder / path.name, 4)
