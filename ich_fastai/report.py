@@ -265,10 +265,11 @@ def render_markdown(
 # %% ../nbs/41_report.ipynb #41-037
 def write_site(
     out: str | Path = "site",  # folder of the site
+    which: str = "*.ipynb",  # notebooks
 ) -> Path:  # index.html
     "The project's notebooks and Markdown pages as a small site of plain pages. No network is needed."
     home, out = project_dir(), Path(out)
-    notebooks = sorted((home / "nbs").glob("*.ipynb"))
+    notebooks = sorted((home / "nbs").glob(which))
     targets = {path: out / "nbs" / f"{path.stem}.html" for path in notebooks}
     for name in PAGES:
         targets[home / name] = out / Path(name.replace("README", "index")).with_suffix(".html")
