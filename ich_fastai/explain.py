@@ -380,6 +380,7 @@ def explain(
     fold = read_stage(run_dir, "model/model.json")["training"]["folds"][0]["fold"]
     if area is not None and (evidence := find_evidence(run_dir, choose_slices(cohort, fold, 60), data_dir)).masks:
         tables["pointing"] = pointing_table(evidence, **boot)
+    (run_dir / "tables" / "pointing.csv").unlink(missing_ok=True)  # of an earlier run
     for name, table in tables.items():
         save_table(table, run_dir / "tables" / f"{name}.csv")
     examples = plot_grad_cam(find_evidence(run_dir, choose_slices(cohort, fold), data_dir), note)

@@ -55,8 +55,10 @@ def test_cohort_and_predictions_keep_their_contracts(tiny_run):
     assert predictions[[*LABELS, *LOGITS]].notna().all().all()
 
 
-def test_no_pickles_and_a_complete_manifest(tiny_run):
+def test_no_pickles_no_progress_bars_and_a_complete_manifest(tiny_run):
     run_dir, _ = tiny_run
+    cells = json.loads((run_dir / "notebooks" / "12_train.ipynb").read_text())["cells"]
+    assert "slice/s" not in json.dumps(cells) and "\\r" not in json.dumps([c.get("outputs") for c in cells])
     assert not [p for p in run_dir.rglob("*") if p.suffix in (".pkl", ".pickle", ".joblib")]
     assert (run_dir / "model" / "weights.safetensors").is_file()
     manifest = json.loads((run_dir / "manifest.json").read_text())
