@@ -132,7 +132,7 @@ def format_number(
     if isinstance(value, float):
         small = 0 < abs(value) < 0.1
         return f"{value:.{digits}g}" if small else f"{value:,.{digits}f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if hasattr(value, "__index__") and not isinstance(value, bool) else str(value)
 
 # %% ../nbs/00_core.ipynb #00-023
 def format_table(

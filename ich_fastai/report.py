@@ -115,11 +115,8 @@ def render_table(
     "A CSV of the run as an HTML table."
     if not csv.is_file():
         return f'<p class="soft">{csv.name}: not made in this run.</p>'
-    table = (
-        pd.read_csv(csv, keep_default_na=False, na_values=[""])
-        .dropna(axis=1, how="all")
-        .convert_dtypes(convert_floating=False)
-    )
+    table = pd.read_csv(csv, keep_default_na=False, na_values=[""], dtype_backend="numpy_nullable")
+    table = table.dropna(axis=1, how="all")
     words = any(
         pd.api.types.is_string_dtype(table[c]) and table[c].str.contains(r"[a-z]{3}").any() for c in table.columns[1:]
     )

@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['STAGES', 'PHANTOM_PARAMETERS', 'select_stages', 'read_preset', 'parse_settings', 'declared_parameters',
            'check_parameters', 'describe_software', 'describe_inputs', 'run_notebook', 'prepare_data', 'hold_folder',
-           'kept_seconds', 'Run', 'prepare_run', 'reproduce', 'print_headline', 'ich_reproduce', 'copy_outputs']
+           'kept_seconds', 'Run', 'prepare_run', 'reproduce', 'print_headline', 'ich_reproduce', 'shrink_png',
+           'copy_outputs']
 
 # %% ../nbs/42_reproduce.ipynb #42-002
+import base64
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -376,6 +379,17 @@ def ich_reproduce(
     print(f"\n{time.time() - start:.0f} s. Report: {os.path.relpath(index)}")
 
 # %% ../nbs/42_reproduce.ipynb #42-054
+def shrink_png(
+    data: str,  # a PNG, base64
+) -> str:
+    "The picture in 256 colors: what a notebook's page shows of a plot or a CT slice, in half of the bytes."
+    from PIL import Image
+
+    picture, out = Image.open(io.BytesIO(base64.b64decode(data))), io.BytesIO()
+    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
+
+# %% ../nbs/42_reproduce.ipynb #42-056
 def copy_outputs(
     run_dir: str | Path,  # a finished run
     nbs: str | Path | None = None,  # the notebooks to fill; the project's by default
@@ -395,6 +409,8 @@ def copy_outputs(
         for cell, done in zip(own, ran, strict=True):
             kept = json.dumps([o for o in done.outputs if o.get("name") != "stderr"])  # progress bars, warnings
             cell.outputs = nbformat.from_dict(json.loads(kept.replace(str(run_dir), f"runs/{run_dir.name}")))
+            for shown in (o.data for o in cell.outputs if "image/png" in o.get("data", ())):
+                shown["image/png"] = shrink_png(shown["image/png"])
         nbformat.write(notebook, folder / path.name)
         filled.append(path.stem)
     return filled
