@@ -256,7 +256,7 @@ def render_markdown(
     from nbconvert.filters import markdown2html
 
     body = link_pages(markdown2html(path.read_text(encoding="utf-8")), page.parent, pages)
-    text = wrap_page(f"ich_fastai: {path.stem}", body, synthetic=False, home=home)
+    text = wrap_page(f"ich_fastai: {path.stem}", f'<div class="text">{body}</div>', synthetic=False, home=home)
     return write_file(page, lambda p: p.write_text(text, encoding="utf-8"))
 
 # %% ../nbs/41_report.ipynb #41-037
