@@ -19,6 +19,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -110,6 +111,8 @@ def _coerce(name: str, value, kind: str):
             return float(value)
         except ValueError:
             pass
+    if kind == "str" and value is None:  # YAML's reading of nothing
+        return ""
     types = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
     wanted = types.get(kind.split("[")[0].strip())
     if wanted and (not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))):
@@ -206,12 +209,13 @@ def run_notebook(
     import papermill
     from traitlets.config import Config
 
-    start, private = time.time(), Config(KernelManager={"transport": "ipc"})  # a socket file: nobody else can listen
+    start, folder = time.time(), tempfile.TemporaryDirectory()  # of socket files: nobody else can listen
+    private = Config(KernelManager={"transport": "ipc", "ip": f"{folder.name}/kernel"})
     bar = {"ncols": 79, "leave": False, "bar_format": "{desc} {bar} {n_fmt}/{total_fmt} cells {elapsed}"}
     shown = bar | {"desc": f"{notebook.stem:<12}"} if sys.stderr.isatty() else False
     options = {"cwd": str(notebook.parent), "kernel_name": "python3", "config": private, "progress_bar": shown}
     try:
-        with _ticking():
+        with folder, _ticking():
             papermill.execute_notebook(str(notebook), str(output), parameters=params, **options)
     except papermill.exceptions.PapermillExecutionError as e:
         error = e.evalue if e.ename == "InputError" else f"{e.ename}: {e.evalue}"

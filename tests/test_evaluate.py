@@ -283,7 +283,7 @@ def test_shares_and_differences_say_what_they_cannot():
         "higher",
         "lower",
         "not resolved",
-        "not resolved",
+        "equal",
         "no interval",
         "no interval",
     ]

@@ -104,7 +104,7 @@ def test_killed_at_random_moments(folder, whole, tmp_path):
     process = run_command(folder, tmp_path)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert f"{N_FILES:,} files" in out and "1 x truncated" in out and "files/s" in err
+    assert f"files: {N_FILES:,}" in out and "1 x truncated" in out and "files/s" in err
     assert content(tmp_path) == content(whole)
 
 
@@ -259,7 +259,7 @@ def test_a_damaged_record_is_named(name, damage, tmp_path):
     (tmp_path / "dicom" / "a.dcm").write_bytes(make_file())
     ingest(tmp_path / "dicom", tmp_path / "cache", SIZE)
     (tmp_path / "cache" / name).write_bytes(damage)
-    with pytest.raises(InputError, match=f"{name}.*damaged; delete the folder"):
+    with pytest.raises(InputError, match=f"{name}.*damaged; delete (?:its|the) folder"):
         ingest(tmp_path / "dicom", tmp_path / "cache", SIZE)
 
 
@@ -347,7 +347,7 @@ def test_dry_run_writes_nothing(folder, tmp_path):
     assert (
         process.returncode == 0
         and f"files: {N_FILES:,}, to read: {N_FILES:,} ({megabytes:,.0f} MB)" in out
-        and "5 shards" in out
+        and "shards to write: 5" in out
     )
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
