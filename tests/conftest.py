@@ -16,14 +16,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist keeps every core busy; more threads would only wait
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    "Tests of one file share fixtures, so they go to one worker; notebooks are free."
-    for item in items:
-        if item.path.stem != "test_notebooks":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def interruptible():
     "Ctrl-C as a terminal gives it: a shell that runs the tests in the background makes it ignored."
