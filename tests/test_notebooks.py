@@ -32,6 +32,6 @@ def test_a_notebook_runs_alone(path):
     answers = context.Queue()
     process = context.Process(target=run_notebook, args=(path, answers))
     process.start()
-    assert answers.get(timeout=600), f"{path.name}: a cell failed; `nbdev-test --path {path}` shows it"
+    assert answers.get(timeout=600), f"{path.name}: a cell failed; `nbdev-test {path}` shows it"
     process.join(60)
     assert process.exitcode == 0
