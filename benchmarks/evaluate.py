@@ -141,7 +141,7 @@ def measure_whole(options):
 
 
 def measure_arms(options):
-    "Four arms, two of them corrected, as notebook 24 compares them."
+    "Four arms, two of them corrected, as notebook 25 compares them."
     from ich_fastai.imbalance import compare_arms, difference_table, finding_table, table_2
 
     y, p, patient = simulate_rsna(options.slices)
