@@ -22,7 +22,7 @@ import torch
 
 from ingest import copy_slices
 
-from ich_fastai.cache import SHARD_ROWS, open_cache
+from ich_fastai.cache import SHARD_ROWS, Cache
 from ich_fastai.batches import Augment, Buffer, Settings, SliceBatches
 from ich_fastai.dicom import window
 from ich_fastai.ingest import ingest
@@ -45,7 +45,7 @@ def make_cohort(scratch, n, size):
 
 def write_pngs(cohort, cache_dir, folder):
     "Each slice as an 8-bit RGB PNG of three windows, what fastai users store."
-    cache = open_cache(cache_dir)
+    cache = Cache(cache_dir)
     for row in cohort.itertuples():
         hu = cache.gather(np.array(row.address))
         rgb = np.stack([window(hu, name) for name in ("brain", "subdural", "stroke")], -1)

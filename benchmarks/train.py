@@ -33,7 +33,7 @@ import torch
 from fastai.callback.core import Callback
 from torch.utils.flop_counter import FlopCounterMode
 
-from ich_fastai.cache import open_cache
+from ich_fastai.cache import Cache
 from ich_fastai.cohort import make_cohort
 from ich_fastai.batches import Place, Settings, named_windows, slice_loaders
 from ich_fastai.cohort import training_rows
@@ -277,9 +277,7 @@ def versus_fastai(options):
         cohort = make_run(make_phantom(scratch / "data", options.patients), scratch / "run", 256)
         training, held_out = training_rows(cohort, 0, "undersample")[0], cohort[cohort["fold"] == 0]
         (scratch / "png").mkdir()
-        write_pngs(
-            pd.concat([training, held_out]), open_cache(scratch / "run" / "cache"), scratch / "png", options.size
-        )
+        write_pngs(pd.concat([training, held_out]), Cache(scratch / "run" / "cache"), scratch / "png", options.size)
         batch = options.batch or 32
         n, patients = len(training) // batch, held_out["PatientID"].nunique()
         print(f"{options.arch}, {options.size} px, {options.epochs} epochs of {n} batches of {batch};", end=" ")

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from .core import InputError, read_stage, stage_file, write_file
 from .labels import LABELS, SUBTYPES
 from .dicom import WINDOWS
-from .cache import Cache, open_cache
+from .cache import Cache
 from .cohort import input_addresses, training_rows
 
 # %% ../nbs/10_batches.ipynb #10-007
@@ -286,7 +286,7 @@ class SliceBatches:
         if self.bs % place.processes or self.bs < 2 * place.processes:
             raise InputError(f"batch_size={self.bs}: must be a multiple of the {place.processes} processes, 2 for each")
         self.settings, self.train, self.augment, self.place, self.device = settings, train, augment, place, place.device
-        self.cache, self.addresses = open_cache(cache_dir), input_addresses(cohort, settings.neighbors)
+        self.cache, self.addresses = Cache(cache_dir), input_addresses(cohort, settings.neighbors)
         self.labels = torch.tensor(cohort[list(LABELS)].to_numpy(np.float32))
         self.ids, self.n, self.epoch, self.dataset = cohort["SOPInstanceUID"].to_numpy(), n, 0, self.addresses
         self.n_batches = max(1, round((settings.epoch_size or n) / self.bs)) if train else -(-n // self.bs)

@@ -6,12 +6,14 @@
 __all__ = ['TAGS', 'EXPLICIT_LE', 'IMPLICIT_LE', 'DECODE_SECONDS', 'DECODE_BYTES', 'COLUMNS', 'SCHEMA', 'SHARD_ROWS',
            'NPY_HEADER', 'find_elements', 'parse_value', 'walk_header', 'clear_unused_bits', 'add_intercept',
            'count_brain', 'read_plain', 'read_into', 'Decoder', 'resize_slice', 'printable', 'read_row', 'make_table',
-           'shard_paths', 'write_shard', 'read_shard', 'save_settings', 'read_size', 'Cache', 'open_cache']
+           'shard_paths', 'write_shard', 'read_shard', 'save_settings', 'read_size', 'Cache']
 
 # %% ../nbs/07_cache.ipynb #07-002
 import json
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial
 from mmap import mmap
 from pathlib import Path
@@ -356,36 +358,32 @@ def read_size(cache_dir: str | Path) -> int:  # px, side of the cached slices
 
 # %% ../nbs/07_cache.ipynb #07-062
 class Cache:
-    "The slices of a cache, by address."
+    "The slices of the cache that `ingest` wrote, by address. Raises `InputError` when there is none."
 
     def __init__(self, cache_dir: str | Path):
         self.folder = Path(cache_dir)
-        self.size = read_size(self.folder)
-        self._maps: dict[int, np.ndarray] = {}
+        self.size, self.threads = read_size(self.folder), ThreadPoolExecutor(8)
 
-    def _map(self, number: int) -> np.ndarray:
-        "The memory map of a shard, opened once."
-        if number not in self._maps:
-            path = shard_paths(self.folder, number)[0]
-            if not path.is_file():
-                raise InputError(f"{path}: not there; run notebook 08_ingest again")
-            self._maps[number] = np.load(path, mmap_mode="r")
-        return self._maps[number]
+    def _read(self, pairs: list[tuple[int, np.ndarray]]) -> None:
+        "Fill each array with the slice at its address."
+        for address, pixels in pairs:
+            path, row, whole = shard_paths(self.folder, address // SHARD_ROWS)[0], address % SHARD_ROWS, False
+            with suppress(FileNotFoundError), open(path, "rb", buffering=0) as f:  # not kept open: RSNA has 659 shards
+                f.seek(NPY_HEADER + row * pixels.nbytes)
+                whole = f.readinto(pixels.data) == pixels.nbytes
+            if not whole:
+                raise InputError(
+                    f"{path}: missing, or ends before row {row}; delete it and run notebook 08_ingest again"
+                )
 
     def gather(
         self,
         addresses: np.ndarray,  # int64, any shape
         out: np.ndarray | None = None,  # int16, addresses.shape + (size, size), to write into
     ) -> np.ndarray:  # int16 HU, addresses.shape + (size, size)
-        "The slices at these addresses."
+        "The slices at these addresses. Raises `InputError` for a shard that is gone or too short."
         addresses = np.asarray(addresses, dtype=np.int64)
         out = np.empty((*addresses.shape, self.size, self.size), np.int16) if out is None else out
-        for pixels, address in zip(out.reshape(-1, self.size, self.size), addresses.ravel().tolist(), strict=True):
-            shard, row = divmod(address, SHARD_ROWS)
-            pixels[:] = self._map(shard)[row]
+        pairs = list(zip(addresses.ravel().tolist(), out.reshape(-1, self.size, self.size), strict=True))
+        list(self.threads.map(self._read, [pairs[k::8] for k in range(min(8, len(pairs)))]))
         return out
-
-# %% ../nbs/07_cache.ipynb #07-063
-def open_cache(cache_dir: str | Path) -> Cache:
-    "The cache that `ingest` wrote. Raises `InputError` when there is none."
-    return Cache(cache_dir)

@@ -21,7 +21,7 @@ from .core import InputError, data_note, read_stage, save_captioned, save_table,
 from .labels import LABELS, SUBTYPES
 from .dicom import window
 from .phantom import is_phantom, read_mask
-from .cache import open_cache
+from .cache import Cache
 from .metrics import ESTIMATE, Estimate, draw_patients, label_metrics, metric_rows, weighted_ratio
 from .calibrate import Level, score_levels
 
@@ -192,7 +192,7 @@ def plot_mistakes(
     "The mistakes as pictures in the brain window, and how many there are of each kind."
     import matplotlib.pyplot as plt
 
-    hu = open_cache(cache_dir).gather(cohort.loc[mistakes["SOPInstanceUID"], "address"].to_numpy())
+    hu = Cache(cache_dir).gather(cohort.loc[mistakes["SOPInstanceUID"], "address"].to_numpy())
     n_rows = max(1, -(-len(hu) // 4))
     fig, axes = plt.subplots(n_rows, 4, figsize=(6.8, 0.6 + 2.3 * n_rows), squeeze=False)
     for ax in axes.flat:

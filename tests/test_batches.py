@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ich_fastai.cache import open_cache
+from ich_fastai.cache import Cache
 from ich_fastai.tiny import tiny_cohort
 from ich_fastai.batches import ALONE, Augment, Place, Settings, SliceBatches, epoch_order
 from ich_fastai.batches import named_windows, resize_hu, slice_loaders, to_input
@@ -40,7 +40,7 @@ def same(a, b):
 
 def plain_inputs(cohort, run_dir, size=48, neighbors=1):
     "What an untouched slice is to the network: read from the cache, resized, windowed."
-    hu = open_cache(run_dir / "cache").gather(input_addresses(cohort, neighbors))
+    hu = Cache(run_dir / "cache").gather(input_addresses(cohort, neighbors))
     return to_input(resize_hu(torch.from_numpy(hu), size), WINDOWS)
 
 
@@ -98,7 +98,7 @@ def test_same_seed_same_batches(cohort, run_dir, neighbors, size):
 
 def test_a_kept_batch_is_not_overwritten_by_the_next(cohort, run_dir):
     for train in (False, True):
-        loader = batches(cohort.head(24), run_dir, train=train, image_size=open_cache(run_dir / "cache").size)
+        loader = batches(cohort.head(24), run_dir, train=train, image_size=Cache(run_dir / "cache").size)
         kept = list(loader)
         assert len(kept) == 3 and same(kept, ((x.clone(), y.clone()) for x, y in loader))
 

@@ -19,7 +19,7 @@ from test_dicom import flip_bytes, gdcm_encode
 
 from ich_fastai import cache as cache_module
 from ich_fastai import ingest as module
-from ich_fastai.cache import SHARD_ROWS, Decoder, open_cache, printable, read_row, shard_paths, write_shard
+from ich_fastai.cache import SHARD_ROWS, Decoder, Cache, printable, read_row, shard_paths, write_shard
 from ich_fastai.core import InputError, hold_interrupt
 from ich_fastai.ingest import count_errors, ingest, list_files
 
@@ -74,7 +74,7 @@ def test_the_number_of_workers_does_not_show(folder, whole, tmp_path):
 
 
 def test_rows_and_pixels_are_those_of_the_files(folder, whole):
-    slices, cache = pd.read_parquet(whole / "slices.parquet"), open_cache(whole / "cache")
+    slices, cache = pd.read_parquet(whole / "slices.parquet"), Cache(whole / "cache")
     assert slices["file"].to_list() == sorted(p.name for p in folder.iterdir())
     assert count_errors(slices).to_dict() == {"truncated": 1}
     good = slices[slices["error"].isna()]
