@@ -1,13 +1,17 @@
 """Batches from the cache against fastai's loader on the same slices as PNG: slices a second, medians of runs in turn.
 
 python benchmarks/loader.py [--slices 2000] [--size 256] [--rounds 5]
+python benchmarks/loader.py --reads [--slices 12000]
 
 plain:      one HU channel of each slice gathered into a batch, one thread; ImageBlock with 2 workers, no augmentation.
 augmented:  affine, noise, three jittered windows, normalized; ImageBlock with aug_transforms and Normalize; on the CPU.
-The slices are copies of the tiny phantom's, each at its own place in the cache. The page cache is warm.
+reads:      batches of 64 slices in random order by `Cache.gather`, and from plain memory maps; from a cold disk (pages
+            dropped) and warm; and the bytes that the disk gave for each byte that was wanted.
+The slices are copies of the tiny phantom's, each at its own place in the cache. Without --reads the page cache is warm.
 """
 
 import argparse
+import gc
 import os
 import statistics
 import tempfile
@@ -22,7 +26,7 @@ import torch
 
 from ingest import copy_slices
 
-from ich_fastai.cache import SHARD_ROWS, Cache
+from ich_fastai.cache import SHARD_ROWS, Cache, shard_paths
 from ich_fastai.batches import Augment, Buffer, Settings, SliceBatches
 from ich_fastai.dicom import window
 from ich_fastai.ingest import ingest
@@ -100,15 +104,75 @@ def compare(name, ours, peer, rounds, target):
     print(f"{name:<42} {a:9,.0f} slices/s   fastai {b:7,.0f}   {a / b:6.1f} times (wanted: {target})", flush=True)
 
 
+def gather_mapped(cache):
+    "`gather` by a plain memory map a shard."
+    maps = {}
+
+    def gather(addresses, out):
+        for pixels, address in zip(out, addresses, strict=True):
+            number, row = divmod(int(address), SHARD_ROWS)
+            if number not in maps:
+                maps[number] = np.load(shard_paths(cache.folder, number)[0], mmap_mode="r")
+            pixels[:] = maps[number][row]
+        return out
+
+    return gather
+
+
+def in_batches(gather, addresses, out):
+    "Batches, in one reused buffer."
+    for start in range(0, len(addresses) - 63, 64):
+        yield gather(addresses[start : start + 64], out)
+
+
+def drop_pages(folder):
+    "Take the shards out of the page cache, where nothing maps them any more."
+    gc.collect()
+    for path in folder.glob("*.npy"):
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def count_fetched():
+    "Bytes that this process has made the disk read."
+    return int(Path("/proc/self/io").read_text().split("read_bytes: ")[1].split()[0])
+
+
+def compare_reads(scratch, n, size, rounds):
+    "Cold and warm, both ways in turn."
+    every, found = make_cohort(scratch, n, size)["address"].to_numpy(), {}
+    out = np.empty((64, size, size), np.int16)
+    for k in range(rounds):
+        some = np.random.default_rng(k).permutation(every)[: max(64, n // 8)]
+        for name in ("ours", "plain"):
+            cache = gather = None
+            drop_pages(scratch / "cache")
+            cache = Cache(scratch / "cache")
+            gather = cache.gather if name == "ours" else gather_mapped(cache)
+            for state in ("cold", "warm"):  # warm: what was just fetched, several times
+                before, times = count_fetched(), 1 if state == "cold" else 8
+                speed = rate(batch for _ in range(times) for batch in in_batches(gather, some, out))
+                fetched = (count_fetched() - before) / (len(some) * out[0].nbytes)
+                found.setdefault((state, name), []).append((speed, fetched))
+    for state in ("cold", "warm"):
+        (a, ours), (b, plain) = (np.median(found[state, name], axis=0) for name in ("ours", "plain"))
+        ratios = f"{a / b:5.1f} times; bytes fetched for each wanted {ours:.2f}, {plain:.2f}"
+        print(f"{state}: {a:9,.0f} slices/s, plain memory maps {b:9,.0f}   {ratios}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slices", type=int, default=2000)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--reads", action="store_true", help="random reads, cold and warm")
     args = parser.parse_args()
     print(f"{args.slices:,} slices at {args.size} px, {args.rounds} rounds; {os.cpu_count()} cores,", torch.__version__)
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
+        if args.reads:
+            return compare_reads(scratch, args.slices, args.size, args.rounds)
         cohort = make_cohort(scratch, args.slices, args.size)
         (scratch / "png").mkdir()
         write_pngs(cohort, scratch / "cache", scratch / "png")

@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['TAGS', 'EXPLICIT_LE', 'IMPLICIT_LE', 'DECODE_SECONDS', 'DECODE_BYTES', 'COLUMNS', 'SCHEMA', 'SHARD_ROWS',
            'NPY_HEADER', 'find_elements', 'parse_value', 'walk_header', 'clear_unused_bits', 'add_intercept',
-           'count_brain', 'read_plain', 'read_into', 'Decoder', 'resize_slice', 'printable', 'read_row', 'make_table',
-           'shard_paths', 'write_shard', 'read_shard', 'save_settings', 'read_size', 'Cache']
+           'count_brain', 'read_plain', 'read_into', 'Decoder', 'resize_slice', 'read_row', 'make_table', 'shard_paths',
+           'write_shard', 'read_shard', 'save_settings', 'read_size', 'Cache']
 
 # %% ../nbs/07_cache.ipynb #07-002
 import json
 import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import lru_cache, partial
-from mmap import mmap
+from mmap import ACCESS_READ, MADV_RANDOM, MADV_WILLNEED, PAGESIZE, mmap
 from pathlib import Path
 
 import cv2
@@ -24,7 +23,7 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow.parquet import write_table
 
-from .core import Helper, InputError, save_json, write_file
+from .core import Helper, InputError, printable, save_json, write_file
 from .dicom import DicomError, Header, SliceRecord
 from .dicom import brain_fraction, check_header, convert_slice, open_file, read_slice, rescale
 
@@ -229,13 +228,6 @@ def resize_slice(
     return cv2.resize(hu, (size, size), interpolation=cv2.INTER_AREA if min(hu.shape) >= size else cv2.INTER_LINEAR)
 
 # %% ../nbs/07_cache.ipynb #07-038
-def printable(
-    text: str,  # perhaps with bytes that are not UTF-8, as Python keeps them in file names
-) -> str:
-    "The text with such bytes as escapes."
-    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-# %% ../nbs/07_cache.ipynb #07-040
 def read_row(
     path: str | Path,  # a DICOM file
     size: int,  # px
@@ -252,7 +244,7 @@ def read_row(
     except DicomError as e:
         return None, row | {"error": printable(str(e))}
 
-# %% ../nbs/07_cache.ipynb #07-043
+# %% ../nbs/07_cache.ipynb #07-041
 _KINDS = {str: "string", int: "Int32", float: "float64", bool: "boolean"}
 COLUMNS = {"file": "string"} | {name: _KINDS[kind] for name, kind in SliceRecord.__annotations__.items()}
 COLUMNS |= {"BitsStored": "Int16", "PixelRepresentation": "Int8", "bytes": "Int64", "modified_ns": "Int64"}
@@ -268,7 +260,7 @@ def make_table(
     columns = [pa.array([row.get(f.name) for row in rows], f.type, from_pandas=True) for f in SCHEMA]  # NaN is null
     return pa.table(columns, SCHEMA)
 
-# %% ../nbs/07_cache.ipynb #07-046
+# %% ../nbs/07_cache.ipynb #07-044
 SHARD_ROWS = 1024
 
 
@@ -277,7 +269,7 @@ def shard_paths(cache_dir: str | Path, number: int) -> tuple[Path, Path]:
     stem = Path(cache_dir) / f"shard-{number:05d}"
     return stem.with_suffix(".npy"), stem.with_suffix(".parquet")
 
-# %% ../nbs/07_cache.ipynb #07-048
+# %% ../nbs/07_cache.ipynb #07-046
 NPY_HEADER = 128  # bytes before the pixels in numpy's format
 
 
@@ -288,7 +280,7 @@ def _write_header(file, n: int, size: int) -> None:
     if file.tell() != NPY_HEADER:
         raise RuntimeError(f"numpy's header has {file.tell()} bytes, not {NPY_HEADER}")
 
-# %% ../nbs/07_cache.ipynb #07-049
+# %% ../nbs/07_cache.ipynb #07-047
 def _write_pixels(path: Path, files, size: int, rows: list, tick) -> None:
     "Read the files, write the pixels of the good ones to `path` and append the rows of all to `rows`."
     buffer, n = mmap(-1, 1 << 20), 0  # begins at a page, where the kernel copies much faster than into a bytearray
@@ -303,7 +295,7 @@ def _write_pixels(path: Path, files, size: int, rows: list, tick) -> None:
             tick(row.get("bytes", 0))
         _write_header(f, n, size)
 
-# %% ../nbs/07_cache.ipynb #07-051
+# %% ../nbs/07_cache.ipynb #07-049
 def write_shard(
     files: list[str],  # at most SHARD_ROWS paths in `dicom_dir`
     cache_dir: str | Path,
@@ -325,7 +317,7 @@ def write_shard(
         cv2.setNumThreads(threads)
     return table.select(["file", "bytes", "error"]).to_pandas()
 
-# %% ../nbs/07_cache.ipynb #07-055
+# %% ../nbs/07_cache.ipynb #07-053
 def read_shard(
     cache_dir: str | Path,
     number: int,  # of the shard
@@ -340,14 +332,14 @@ def read_shard(
         return None
     return rows if right else None
 
-# %% ../nbs/07_cache.ipynb #07-058
+# %% ../nbs/07_cache.ipynb #07-056
 def save_settings(cache_dir: str | Path, size: int) -> None:  # px, side of the cached slices
     "Write `cache.json`: what every reader of the cache must know."
     about = {"size": size, "dtype": "int16", "unit": "HU", "shard_rows": SHARD_ROWS}
     about["resize"] = "OpenCV INTER_AREA; INTER_LINEAR where a side grows"
     save_json(about, Path(cache_dir) / "cache.json")
 
-# %% ../nbs/07_cache.ipynb #07-059
+# %% ../nbs/07_cache.ipynb #07-057
 def read_size(cache_dir: str | Path) -> int:  # px, side of the cached slices
     "What `cache.json` says. Raises `InputError` where it cannot be read."
     path = Path(cache_dir) / "cache.json"
@@ -356,25 +348,34 @@ def read_size(cache_dir: str | Path) -> int:  # px, side of the cached slices
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path}: missing or damaged; delete its folder and run notebook 08_ingest again") from None
 
-# %% ../nbs/07_cache.ipynb #07-062
+# %% ../nbs/07_cache.ipynb #07-060
 class Cache:
     "The slices of the cache that `ingest` wrote, by address. Raises `InputError` when there is none."
 
     def __init__(self, cache_dir: str | Path):
         self.folder = Path(cache_dir)
         self.size, self.threads = read_size(self.folder), ThreadPoolExecutor(8)
+        self._pages = lru_cache(256)(self._map)  # each holds a file open: RSNA has 659 shards, a process 1,024 files
 
-    def _read(self, pairs: list[tuple[int, np.ndarray]]) -> None:
+    def _map(self, number: int) -> mmap:
+        "The memory map of a shard, to be read here and there."
+        path = shard_paths(self.folder, number)[0]
+        if not path.is_file():
+            raise InputError(f"{path}: not there; run notebook 08_ingest again")
+        with open(path, "rb") as f:
+            pages = mmap(f.fileno(), 0, access=ACCESS_READ)
+        pages.madvise(MADV_RANDOM)
+        return pages
+
+    def _copy(self, pairs: list[tuple[int, np.ndarray]]) -> None:
         "Fill each array with the slice at its address."
         for address, pixels in pairs:
-            path, row, whole = shard_paths(self.folder, address // SHARD_ROWS)[0], address % SHARD_ROWS, False
-            with suppress(FileNotFoundError), open(path, "rb", buffering=0) as f:  # not kept open: RSNA has 659 shards
-                f.seek(NPY_HEADER + row * pixels.nbytes)
-                whole = f.readinto(pixels.data) == pixels.nbytes
-            if not whole:
-                raise InputError(
-                    f"{path}: missing, or ends before row {row}; delete it and run notebook 08_ingest again"
-                )
+            pages, start = self._pages(address // SHARD_ROWS), NPY_HEADER + address % SHARD_ROWS * pixels.nbytes
+            if start + pixels.nbytes > len(pages):
+                raise InputError(f"{self.folder}: a shard is shorter than its table says; run notebook 08_ingest again")
+            before = start % PAGESIZE  # advice begins at a page
+            pages.madvise(MADV_WILLNEED, start - before, before + pixels.nbytes)
+            pixels.ravel()[:] = np.frombuffer(pages, "<i2", pixels.size, start)
 
     def gather(
         self,
@@ -385,5 +386,5 @@ class Cache:
         addresses = np.asarray(addresses, dtype=np.int64)
         out = np.empty((*addresses.shape, self.size, self.size), np.int16) if out is None else out
         pairs = list(zip(addresses.ravel().tolist(), out.reshape(-1, self.size, self.size), strict=True))
-        list(self.threads.map(self._read, [pairs[k::8] for k in range(min(8, len(pairs)))]))
+        list(self.threads.map(self._copy, [pairs[k::8] for k in range(min(8, len(pairs)))]))
         return out

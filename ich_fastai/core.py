@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAKERS', 'MISSING', 'COLORS', 'InputError', 'project_dir', 'write_file', 'save_json', 'save_table', 'stage_file',
            'read_stage', 'format_number', 'format_table', 'set_style', 'save_figure', 'data_note', 'save_captioned',
-           'count_cores', 'end_with_parent', 'hold_interrupt', 'serve_function', 'Helper', 'name_some']
+           'count_cores', 'end_with_parent', 'hold_interrupt', 'serve_function', 'Helper', 'name_some', 'printable']
 
 # %% ../nbs/00_core.ipynb #00-002
 import importlib
@@ -301,3 +301,10 @@ def name_some(
     "The first names, and how many there are when that is not all."
     words = list(map(str, names))
     return ", ".join(words[:most]) + (f", ... ({len(words):,} in all)" if len(words) > most else "")
+
+# %% ../nbs/00_core.ipynb #00-053
+def printable(
+    text: str,  # perhaps with bytes that are not UTF-8, as Python keeps them in file names
+) -> str:
+    "The text with such bytes as escapes."
+    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

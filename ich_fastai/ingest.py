@@ -24,10 +24,10 @@ import pyarrow as pa
 from fastcore.script import call_parse, store_true
 from pyarrow.parquet import ParquetWriter, read_table
 
-from .core import InputError, count_cores, end_with_parent, hold_interrupt, name_some, save_table, write_file
+from .core import InputError, count_cores, end_with_parent, hold_interrupt, name_some, printable
+from .core import save_table, write_file
 from .dicom import DicomError, read_file
-from .cache import SCHEMA, SHARD_ROWS, printable, read_shard, read_size, save_settings, shard_paths
-from .cache import write_shard
+from .cache import SCHEMA, SHARD_ROWS, read_shard, read_size, save_settings, shard_paths, write_shard
 
 # %% ../nbs/08_ingest.ipynb #08-009
 def list_files(dicom_dir: str | Path) -> dict[str, str]:  # printable name, in order: the name on disk

@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 from fastcore.script import call_parse
 
-from .core import InputError, data_note, read_stage, save_captioned, save_table
+from .core import InputError, data_note, printable, read_stage, save_captioned, save_table
 from .labels import LABELS, LABEL_COLORS, LOGITS, find_dataset
-from .cache import Decoder, make_table, printable, read_row
+from .cache import Decoder, make_table, read_row
 from .ingest import mark_duplicates
 from .cohort import find_neighbors, input_addresses
 from .batches import resize_hu, to_input

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from test_dicom import flip_bytes, gdcm_encode
 
 from ich_fastai import cache as cache_module
 from ich_fastai import ingest as module
-from ich_fastai.cache import SHARD_ROWS, Decoder, Cache, printable, read_row, shard_paths, write_shard
-from ich_fastai.core import InputError, hold_interrupt
+from ich_fastai.cache import SHARD_ROWS, Cache, Decoder, read_row, shard_paths, write_shard
+from ich_fastai.core import InputError, hold_interrupt, printable
 from ich_fastai.ingest import count_errors, ingest, list_files
 
 N_FILES, SIZE = 4 * SHARD_ROWS + 100, 32
@@ -85,6 +86,33 @@ def test_rows_and_pixels_are_those_of_the_files(folder, whole):
     with Decoder() as decoder:
         want = [read_row(folder / good["file"].iloc[i], SIZE, decoder)[0] for i in picked.ravel()]
     np.testing.assert_array_equal(cache.gather(addresses[picked]).reshape(6, SIZE, SIZE), want)
+
+
+def test_a_short_or_missing_shard_is_named(whole, tmp_path):
+    shutil.copytree(whole / "cache", tmp_path / "cache")
+    at = shard_paths(tmp_path / "cache", 0)[0]
+    assert Cache(tmp_path / "cache").gather([0]).any()
+    os.truncate(at, at.stat().st_size - 1)
+    with pytest.raises(InputError, match="a shard is shorter than its table says"):
+        Cache(tmp_path / "cache").gather(list(range(N_FILES - 1)))
+    at.unlink()
+    with pytest.raises(InputError, match="shard-00000.npy: not there"):
+        Cache(tmp_path / "cache").gather([[0]])
+
+
+def test_more_shards_than_a_process_may_open(whole, tmp_path):
+    shutil.copytree(whole / "cache", tmp_path / "cache")
+    first = shard_paths(tmp_path / "cache", 0)[0]
+    for number in range(1, 700):
+        path = shard_paths(tmp_path / "cache", number)[0]
+        path.unlink(missing_ok=True)
+        path.symlink_to(first)
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (600, 600))\n"
+    code += "from ich_fastai.cache import SHARD_ROWS, Cache\n"
+    code += "caches, every = [Cache(sys.argv[1]) for _ in range(2)], [k * SHARD_ROWS for k in range(700)]\n"
+    code += "train, valid = (cache.gather(every) for cache in caches)\n"
+    code += "assert (train == valid).all() and (train == train[0]).all() and train.any()"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "cache"], check=True)
 
 
 @pytest.mark.parametrize("executor", [ThreadPoolExecutor, ProcessPoolExecutor])
