@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['loss_weights', 'make_loss', 'can_reach_hub', 'build_model', 'share_norms', 'make_card', 'Model', 'save_model',
-           'load_model']
+           'load_model', 'predict_logits']
 
 # %% ../nbs/11_model.ipynb #11-003
 import importlib.metadata
@@ -22,7 +22,7 @@ from fastai.losses import BCEWithLogitsLossFlat
 
 from .core import InputError, save_json, write_file
 from .labels import LABELS, class_weights
-from .batches import Settings
+from .batches import Settings, resize_hu, to_input
 
 # %% ../nbs/11_model.ipynb #11-008
 def loss_weights(
@@ -200,3 +200,18 @@ def load_model(
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
         raise InputError(f"{folder}: not a model of this version ({why}); train again with notebook 12") from e
     return Model(network.eval().to(where), settings, card, where)
+
+# %% ../nbs/11_model.ipynb #11-040
+@torch.no_grad()
+def predict_logits(
+    model: Model,
+    hu: np.ndarray,  # (n, size, size) int16 HU, size of the cache
+    neighbors: np.ndarray,  # (m, 2k + 1) int, rows of `hu` to look at for each slice, from below to above
+) -> np.ndarray:  # (m, 6) float64 logits, as the network gives them
+    "What the network says of each slice."
+    outputs = [np.empty((0, len(LABELS)))]
+    for start in range(0, len(neighbors), 32):
+        x = resize_hu(torch.from_numpy(hu[neighbors[start : start + 32]]), model.settings.image_size)
+        x = to_input(x.to(model.device), model.settings.windows)
+        outputs.append(model.network(x.contiguous(memory_format=torch.channels_last)).double().cpu().numpy())
+    return np.concatenate(outputs)
