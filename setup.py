@@ -17,6 +17,6 @@ setup(
     keywords=s["keywords"],
     packages=[s["lib_name"]],
     install_requires=s["requirements"].split(),
-    extras_require={"cluster": s["cluster_requirements"].split(), "dev": s["dev_requirements"].split()},
+    extras_require={extra: s[f"{extra}_requirements"].split() for extra in ("cluster", "pretrained", "dev")},
     entry_points={"console_scripts": s["console_scripts"].split()},
 )

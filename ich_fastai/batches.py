@@ -50,7 +50,7 @@ class Settings:
     "What one training is. Raises `InputError` for a value out of its range."
 
     arch: str = "resnet10t"  # a timm backbone
-    pretrained_from: str = ""  # "" for a start from scratch, "hub" for timm's weights, or a file of weights
+    pretrained_from: str = ""  # "" for a start from scratch, a key of 11_model's PACKAGED, "hub", or a file of weights
     image_size: int = _within(128, 16, 2048)  # px, side of the network's input
     windows: dict[str, tuple[float, float]] = field(  # name: (center, width) in HU, one channel each
         default_factory=lambda: named_windows(["brain", "subdural", "stroke"])

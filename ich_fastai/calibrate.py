@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
-from .labels import LABELS, LOGITS
+from .labels import LABELS
+from .sequence import series_logits
 from .metrics import fit_logistic
 
 # %% ../nbs/21_calibrate.ipynb #21-006
@@ -41,8 +42,8 @@ def to_logits(
 def correct_logits(
     predictions: pd.DataFrame,  # as notebook 12 writes it: each fold with the `keep_rate` of its training sample
 ) -> np.ndarray:  # (n, 6) float64, logits of probabilities on the natural mix
-    "The logits of a run, with what each fold's training did to them undone."
-    return to_logits(predictions[LOGITS].to_numpy(np.float64), predictions["keep_rate"].fillna(1.0).to_numpy())
+    "The logits of a run, read along the series, with what each fold's training did to them undone."
+    return to_logits(series_logits(predictions), predictions["keep_rate"].fillna(1.0).to_numpy())
 
 # %% ../nbs/21_calibrate.ipynb #21-014
 def split_patients(
@@ -168,7 +169,7 @@ class Level(NamedTuple):
     patients: np.ndarray  # (n,) ids
     x: np.ndarray  # (n, 6) float64, logits on the natural mix
     part: np.ndarray  # (n,) int, of `split_patients`
-    raw: np.ndarray  # (n, 6) float64 probabilities as the network gives them
+    raw: np.ndarray  # (n, 6) float64 probabilities as network and series give them, see notebook 13
     corrected: np.ndarray  # (n, 6) float64, with undersampling undone: expit(x)
     calibrated: np.ndarray  # (n, 6) float64, and what follows: see Fitted
     threshold: np.ndarray
@@ -177,11 +178,11 @@ class Level(NamedTuple):
 
 # %% ../nbs/21_calibrate.ipynb #21-040
 def score_levels(
-    predictions: pd.DataFrame,  # as notebook 12 writes it
+    predictions: pd.DataFrame,  # as notebooks 12 and 13 write it
     **options,  # of `fit_decisions`
 ) -> dict[str, Level]:  # slice, study
     "Slices and studies: probabilities as the network gives them, corrected, and calibrated on other patients."
-    raw, x, labels = predictions[LOGITS].to_numpy(np.float64), correct_logits(predictions), predictions[list(LABELS)]
+    raw, x, labels = series_logits(predictions), correct_logits(predictions), predictions[list(LABELS)]
     study = pd.factorize(predictions["StudyInstanceUID"])[0]
     levels = {}
     for level, key in (("slice", np.arange(len(predictions))), ("study", study)):

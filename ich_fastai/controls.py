@@ -21,6 +21,7 @@ from .phantom import is_phantom, read_mask
 from .cache import Cache
 from .cohort import input_addresses
 from .model import load_model, predict_logits
+from .sequence import smooth_logits
 from .metrics import ESTIMATE, Estimate, draw_patients, metric_rows, rank_metrics
 from .calibrate import to_logits
 
@@ -242,9 +243,14 @@ def network_scores(
         masks["network, true bleeding painted over"] = true_masks(data_dir, ids, cache.size, seed)
     inputs = {"network": hu} | {name: paint_over(hu, mask) for name, mask in masks.items()}
     around = places.reshape(len(rows), -1)
-    logits = {name: to_logits(predict_logits(model, x, around), keep_rate) for name, x in inputs.items()}
-    own = around[:, around.shape[1] // 2]
-    return logits | {"dense blobs": blobs.sum((1, 2))[own].astype(np.float64)}
+    series, own = (
+        (rows["SeriesInstanceUID"], rows["z_mm"], model.card.get("smooth", 0.0)),
+        around[:, around.shape[1] // 2],
+    )
+    said = {name: smooth_logits(predict_logits(model, x, around), *series) for name, x in inputs.items()}
+    return {name: to_logits(x, keep_rate) for name, x in said.items()} | {
+        "dense blobs": blobs.sum((1, 2))[own].astype(np.float64)
+    }
 
 # %% ../nbs/23_controls.ipynb #23-036
 def control_table(

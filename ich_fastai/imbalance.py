@@ -16,7 +16,8 @@ import pandas as pd
 from scipy.special import expit
 
 from .core import InputError, data_note, read_stage, save_captioned, save_table
-from .labels import LABELS, LOGITS
+from .labels import LABELS
+from .sequence import series_logits
 from .metrics import ESTIMATE, Estimate, draw_patients, label_metrics, metric_rows
 from .metrics import say_difference, weighted_log_losses
 from .calibrate import correct_logits
@@ -87,7 +88,7 @@ def compare_arms(
     corrected = tuple(arm for arm, table in predictions.items() if (table["keep_rate"].fillna(1) < 1).any())
     values = {}
     for arm, table in predictions.items():
-        raw = measure_arm(y, expit(table[LOGITS].to_numpy(np.float64)), patient, draws)
+        raw = measure_arm(y, expit(series_logits(table)), patient, draws)
         undone = measure_arm(y, expit(correct_logits(table)), patient, draws) if arm in corrected else raw
         values[arm] = {"raw": raw, "corrected": undone}
     return Arms(y, patient, values, corrected)

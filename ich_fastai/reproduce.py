@@ -36,7 +36,7 @@ from .report import SYNTHETIC, write_report
 # %% ../nbs/42_reproduce.ipynb #42-006
 STAGES = (
     *("01_labels", "02_dicom", "08_ingest", "09_cohort"),
-    *("10_batches", "12_train"),
+    *("10_batches", "12_train", "13_sequence"),
     *("22_evaluate", "23_controls", "24_explain", "25_imbalance"),
     *("31_predict", "40_paper"),
 )

