@@ -16,6 +16,7 @@ setup(
     license=s["license"],
     keywords=s["keywords"],
     packages=[s["lib_name"]],
+    package_data={s["lib_name"]: ["*.html"]},
     install_requires=s["requirements"].split(),
     extras_require={"cluster": s["cluster_requirements"].split(), "dev": s["dev_requirements"].split()},
     entry_points={"console_scripts": s["console_scripts"].split()},
