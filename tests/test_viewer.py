@@ -186,7 +186,7 @@ def test_dragging_changes_the_window_and_the_pointer_reads_hu(browser, page):
     browser.shows(f"{hu[0, 10, 20]} HU")
     move = {"type": "pointerMove", "duration": 50, "x": x + 40, "y": y}
     browser.act("pointer", {"type": "pointerDown", "button": 0}, move, {"type": "pointerUp", "button": 0})
-    browser.shows("C 80  W 232")  # 0.8 HU a pixel at a width of 200, and more as it grows
+    browser.shows("C 80  W 232")  # 0.8 HU a pixel at a width of 200
     browser.press("m")
     assert browser.run("return !overlay.hidden") and browser.run(
         "return document.querySelector('[data-map]').innerText"
@@ -229,7 +229,8 @@ def test_a_hostile_header_is_only_text(browser, tmp_path):
     table = pd.DataFrame({"SeriesInstanceUID": [EVIL], "why": [EVIL], EVIL: [1]})
     about = {"series_table": table, "warnings": [EVIL], "note": EVIL, "maps": {EVIL: np.zeros((3, 4, 4))}}
     browser.open(write_viewer(slices, hu, tmp_path / "evil.html", show_uids=True, **about))
-    assert EVIL in browser.run("return document.title") and EVIL in browser.run("return view.innerText")
+    browser.shows(EVIL)
+    assert EVIL in browser.run("return document.title")
     assert browser.run("return document.querySelectorAll('script, img').length") <= 4, "two texts, maps, the program"
     browser.run(
         "const s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s)"
