@@ -188,9 +188,8 @@ def test_dragging_changes_the_window_and_the_pointer_reads_hu(browser, page):
     browser.act("pointer", {"type": "pointerDown", "button": 0}, move, {"type": "pointerUp", "button": 0})
     browser.shows("C 80  W 232")  # 0.8 HU a pixel at a width of 200
     browser.press("m")
-    assert browser.run("return !overlay.hidden") and browser.run(
-        "return document.querySelector('[data-map]').innerText"
-    )
+    browser.wait("return !overlay.hidden")
+    assert browser.run("return document.querySelector('[data-map]').getAttribute('aria-pressed')") == "true"
 
 
 def test_marks_words_and_thresholds(browser, page):
@@ -258,7 +257,7 @@ def test_a_poor_study_is_shown_as_it_is(browser, tmp_path, what):
     shown = browser.run("return document.body.innerText")
     assert ("z 0.0 mm" in shown) == (what not in ("no z", "one slice")) and "NaN" not in shown
     assert ("no thresholds" in shown) == (what == "no card")
-    assert ("1 of 5 files could not be used and are not shown: duplicate (1)" in shown) == (what == "unreadable")
+    assert ("not usable, not shown: 1 of 5 files, duplicate (1)" in shown) == (what == "unreadable")
     good = hu[slices["error"].isna()]
     assert browser.run("return Array.from(hu)") == good.ravel().tolist()
 
