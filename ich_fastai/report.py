@@ -121,9 +121,10 @@ def render_table(
         pd.api.types.is_string_dtype(table[c]) and table[c].str.contains(r"[a-z]{3}").any() for c in table.columns[1:]
     )
     shown = table.map(format_number).to_html(index=False, border=0)
+    shown = re.sub(r"<td>(viewer/\w+\.html)</td>", r'<td><a href="\1">\1</a></td>', shown)  # pages of notebook 32
     return f'<div class="scroll{" text" if words or table.shape[1] == 1 else ""}">{shown}</div>'
 
-# %% ../nbs/41_report.ipynb #41-019
+# %% ../nbs/41_report.ipynb #41-021
 def render_pictures(
     run_dir: Path,
     *names: str,  # of figures/
@@ -139,10 +140,11 @@ def render_pictures(
     ]
     return f'<div class="pictures">{"".join(tags)}</div>' if tags else ""
 
-# %% ../nbs/41_report.ipynb #41-022
+# %% ../nbs/41_report.ipynb #41-024
 SECTIONS = (  # heading, notebook, its tables and figures
     ("Results on held-out patients", "22_evaluate", "headline.csv", "auc.svg", "reliability.svg"),
     ("Does it see the blood?", "23_controls", "controls_short.csv", "controls.svg", "painted.png"),
+    ("Three held-out studies, slice by slice", "32_viewer", "viewer.csv", "viewer.png"),
     ("Where it looks, and where it fails", "24_explain", "grad_cam.png", "mistakes.png"),
     ("What the paper says, what we get", "40_paper", "paper.csv"),
     ("Table 1: how often each kind of bleeding occurs", "40_paper", "table_1.csv", "table_1.svg"),
@@ -156,7 +158,7 @@ SECTIONS = (  # heading, notebook, its tables and figures
     ("The flow of slices", "09_cohort", "flow.csv", "flow.svg"),
 )
 
-# %% ../nbs/41_report.ipynb #41-023
+# %% ../nbs/41_report.ipynb #41-025
 def render_section(
     run_dir: Path,
     seconds: dict,  # of the manifest: the notebooks that have run
@@ -172,7 +174,7 @@ def render_section(
         f"<h2>{heading}</h2>{''.join(tables)}{render_pictures(run_dir, *(n for n in names if not n.endswith('.csv')))}"
     )
 
-# %% ../nbs/41_report.ipynb #41-025
+# %% ../nbs/41_report.ipynb #41-027
 def notebook_title(
     path: Path,  # a notebook
 ) -> tuple[str, str]:  # title, subtitle
@@ -182,7 +184,7 @@ def notebook_title(
     title, subtitle = (next((x.removeprefix(m) for x in lines if x.startswith(m)), path.stem) for m in ("# ", "> "))
     return title, subtitle
 
-# %% ../nbs/41_report.ipynb #41-027
+# %% ../nbs/41_report.ipynb #41-029
 def list_notebooks(
     paths: list[Path],  # notebooks, in order
     notes: dict | None = None,  # name: what to say in a second column
@@ -196,7 +198,7 @@ def list_notebooks(
         rows.append(f'<tr><td>{link}<br><span class="soft">{subtitle}</span></td>{note}</tr>')
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
 
-# %% ../nbs/41_report.ipynb #41-029
+# %% ../nbs/41_report.ipynb #41-031
 def render_origin(manifest: dict) -> str:  # HTML
     "Where the numbers come from: the manifest as lines for a reader."
     changed = " with uncommitted changes" if manifest["uncommitted_changes"] else ""
@@ -212,7 +214,7 @@ def render_origin(manifest: dict) -> str:  # HTML
     cells = "".join(f"<tr><th>{k}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
     return f'<div class="scroll text"><table>{cells}</table></div><p><a href="manifest.json">manifest.json</a></p>'
 
-# %% ../nbs/41_report.ipynb #41-032
+# %% ../nbs/41_report.ipynb #41-034
 def write_report(
     run_dir: str | Path,  # a run with a manifest.json
 ) -> Path:  # index.html
@@ -235,7 +237,7 @@ def write_report(
     page = wrap_page("ich_fastai: report", body, synthetic=synthetic)
     return write_file(run_dir / "index.html", lambda p: p.write_text(page, encoding="utf-8"))
 
-# %% ../nbs/41_report.ipynb #41-035
+# %% ../nbs/41_report.ipynb #41-037
 PAGES = (
     "README.md",
     "docs/your_own_scans.md",
@@ -245,7 +247,7 @@ PAGES = (
     "CHANGELOG.md",
 )
 
-# %% ../nbs/41_report.ipynb #41-036
+# %% ../nbs/41_report.ipynb #41-038
 def render_markdown(
     path: Path,  # a .md file
     page: Path,  # the .html to write
@@ -260,7 +262,7 @@ def render_markdown(
     text = wrap_page(f"ich_fastai: {path.stem}", f'<div class="text">{body}</div>', synthetic=False, home=home)
     return write_file(page, lambda p: p.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/41_report.ipynb #41-037
+# %% ../nbs/41_report.ipynb #41-039
 def write_site(
     out: str | Path = "site",  # folder of the site
     which: str = "*.ipynb",  # notebooks

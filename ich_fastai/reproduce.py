@@ -38,7 +38,7 @@ STAGES = (
     *("01_labels", "02_dicom", "08_ingest", "09_cohort"),
     *("10_batches", "12_train", "13_sequence"),
     *("22_evaluate", "23_controls", "24_explain", "25_imbalance"),
-    *("31_predict", "40_paper"),
+    *("31_predict", "32_viewer", "40_paper"),
 )
 
 # %% ../nbs/42_reproduce.ipynb #42-007
