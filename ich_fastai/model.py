@@ -46,33 +46,55 @@ def make_loss(
     return BCEWithLogitsLossFlat(weight=torch.tensor(weights.to_numpy(np.float32), device=device), flatten=False)
 
 # %% ../nbs/11_model.ipynb #11-015
-def _create(arch: str, n_in: int, pretrained: bool = False, **options) -> torch.nn.Module:
-    "fastai's head on timm's backbone."
-    from fastai.vision.learner import create_timm_model
+def _put_head(backbone: torch.nn.Module, n_in: int, image_size: int) -> torch.nn.Module:
+    "fastai's head on a backbone; one whose features are no map of channels (most transformers) pools for itself."
+    from fastai.vision.learner import TimmBody, add_head
 
-    network = create_timm_model(arch, len(LABELS), n_in=n_in, pretrained=pretrained, **options)[0]
-    network[0].model.pretrained_cfg.pop("state_dict", None)
-    return network
+    body, x = TimmBody(backbone).eval(), torch.zeros(1, n_in, image_size, image_size)
+    with torch.no_grad():
+        features = backbone.forward_features(x)
+        body.needs_pool = features.ndim == 4 and features.shape[1] == backbone.num_features
+        n_features = body(x).shape[1]
+    return add_head(body.train(), n_features, len(LABELS), pool=body.needs_pool)
+
+
+def _create(arch: str, n_in: int, image_size: int, pretrained: bool = False, **options) -> torch.nn.Module:
+    "fastai's head on timm's backbone, one of fixed size built for `image_size`."
+    import timm
+
+    made_for = timm.get_pretrained_cfg(arch)
+    options |= {"img_size": image_size} if made_for.fixed_input_size else {}
+    try:
+        backbone = timm.create_model(arch, pretrained, num_classes=0, in_chans=n_in, **options)
+        backbone.pretrained_cfg.pop("state_dict", None)
+        return _put_head(backbone, n_in, image_size)
+    except (AssertionError, AttributeError, TypeError, RuntimeError, ValueError) as e:
+        if pretrained:  # the reader of the weights says what is wrong
+            raise
+        side, why = made_for.input_size[-1], (str(e) or type(e).__name__).splitlines()[0][:100]
+        raise InputError(
+            f"arch={arch}: does not work at image_size={image_size}, it was made for {side} ({why})"
+        ) from e
 
 # %% ../nbs/11_model.ipynb #11-018
-def _from_state(arch: str, n_in: int, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+def _from_state(arch: str, n_in: int, image_size: int, state: dict[str, torch.Tensor]) -> torch.nn.Module:
     "The network with these weights, named as timm names them, which must fit exactly, but for the classifier."
     import timm
 
     heads = timm.get_pretrained_cfg(arch).classifier or ()
     heads = (heads,) if isinstance(heads, str) else heads
     state = {k: v for k, v in state.items() if k.rpartition(".")[0] not in heads}
-    return _create(arch, n_in, True, pretrained_cfg_overlay={"state_dict": state, "classifier": None})
+    return _create(arch, n_in, image_size, True, pretrained_cfg_overlay={"state_dict": state, "classifier": None})
 
 # %% ../nbs/11_model.ipynb #11-019
-def _from_file(arch: str, n_in: int, path: str) -> torch.nn.Module:
+def _from_file(arch: str, n_in: int, image_size: int, path: str) -> torch.nn.Module:
     "The network with a file's weights."
     import timm
 
     if not Path(path).is_file():
         raise InputError(f'pretrained_from={path}: no such file; or give "hub", or {" or ".join(PACKAGED)}')
     try:
-        return _from_state(arch, n_in, timm.models.load_state_dict(path))
+        return _from_state(arch, n_in, image_size, timm.models.load_state_dict(path))
     except Exception as e:  # whatever a reader of weights may raise
         why = (str(e) or type(e).__name__).splitlines()[0][:80]
         raise InputError(f"{path}: holds no weights of {arch} ({why})") from e
@@ -147,17 +169,17 @@ def can_reach_hub(
     return bool(answers)
 
 # %% ../nbs/11_model.ipynb #11-028
-def _from_hub(arch: str, n_in: int) -> torch.nn.Module:
+def _from_hub(arch: str, n_in: int, image_size: int) -> torch.nn.Module:
     "The network with timm's weights, from the hub's local cache where they are there."
     from huggingface_hub import constants
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
-        return _create(arch, n_in, True)
+        return _create(arch, n_in, image_size, True)
     except (OSError, RuntimeError) as e:
         constants.HF_HUB_OFFLINE = before
         if can_reach_hub():
-            return _create(arch, n_in, True)
+            return _create(arch, n_in, image_size, True)
         ways = f"give pretrained_from a file or {' or '.join(PACKAGED)}, or leave it empty"
         why = f"no weights here and the hub cannot be reached; {ways}"
         raise InputError(f"arch={arch}, pretrained_from=hub: {why}") from e
@@ -169,6 +191,7 @@ def build_model(
     arch: str,  # a timm backbone
     n_in: int,  # input channels
     pretrained_from: str = "",  # "" for a start from scratch, a key of PACKAGED, "hub" for timm's weights, or a file
+    image_size: int = 128,  # px, side of the input; matters to transformers alone
 ) -> torch.nn.Module:  # (n, n_in, H, W) to (n, 6) logits
     "A timm backbone with fastai's head. Raises `InputError` for an unknown one and, within 5 s, for missing weights."
     import timm
@@ -177,15 +200,17 @@ def build_model(
         near = get_close_matches(arch, timm.list_models(), 5) or ["resnet18"]
         raise InputError(f"arch={arch}: timm has no such model; try {', '.join(near)}")
     if pretrained_from == "hub":
-        return _from_hub(arch, n_in)
+        return _from_hub(arch, n_in, image_size)
     if pretrained_from in PACKAGED:
         fits = PACKAGED[pretrained_from].arch
         if arch != fits:
             raise InputError(
                 f"arch={arch}, pretrained_from={pretrained_from}: these are weights of {fits}; set arch to it"
             )
-        return _from_state(arch, n_in, read_packaged(pretrained_from))
-    return _from_file(arch, n_in, pretrained_from) if pretrained_from else _create(arch, n_in)
+        return _from_state(arch, n_in, image_size, read_packaged(pretrained_from))
+    if pretrained_from:
+        return _from_file(arch, n_in, image_size, pretrained_from)
+    return _create(arch, n_in, image_size)
 
 # %% ../nbs/11_model.ipynb #11-034
 def share_norms(
@@ -258,7 +283,7 @@ def load_model(
     try:
         card = json.loads(files[0].read_text())
         settings = Settings(**card["settings"])
-        network = build_model(settings.arch, settings.n_in)
+        network = build_model(settings.arch, settings.n_in, image_size=settings.image_size)
         network.load_state_dict(load_file(files[1]))
     except Exception as e:  # whatever the readers of JSON and of weights raise
         why = (str(e) or type(e).__name__).splitlines()[0][:120]

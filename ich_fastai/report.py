@@ -145,7 +145,7 @@ SECTIONS = (  # heading, notebook, its tables and figures
     ("Results on held-out patients", "22_evaluate", "headline.csv", "auc.svg", "reliability.svg"),
     ("Does it see the blood?", "23_controls", "controls_short.csv", "controls.svg", "painted.png"),
     ("Three held-out studies, slice by slice", "32_viewer", "viewer.csv", "viewer.png"),
-    ("Where it looks, and where it fails", "24_explain", "grad_cam.png", "mistakes.png"),
+    ("Where it looks, and where it fails", "24_explain", "evidence.png", "mistakes.png"),
     ("What the paper says, what we get", "40_paper", "paper.csv"),
     ("Table 1: how often each kind of bleeding occurs", "40_paper", "table_1.csv", "table_1.svg"),
     (

@@ -259,7 +259,7 @@ def fit_fold(
     dls = slice_loaders(cohort, cache_dir, fold, settings, place=place)
     weights = loss_weights(rows, settings.class_weights)
     torch.manual_seed(settings.seed)
-    network = build_model(settings.arch, settings.n_in, settings.pretrained_from)
+    network = build_model(settings.arch, settings.n_in, settings.pretrained_from, settings.image_size)
     journal = Journal(progress and place.rank == 0, f"fold {fold}")
     checkpoint = Checkpoint(Path(folder) / f"fold-{fold}.pt", _fingerprint(settings, read_size(cache_dir), rows))
     callbacks = [FollowEpochs(), journal, StopOnNonFinite(), checkpoint]

@@ -6,8 +6,11 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from ich_fastai.explain import explain, score_slices, worst_mistakes
+from ich_fastai.core import InputError
+from ich_fastai.explain import explain, integrated_gradients, paint_brain, score_slices, smooth_map, worst_mistakes
+from ich_fastai.model import build_model
 from ich_fastai.tiny import tiny_phantom
 
 
@@ -16,11 +19,14 @@ def test_the_stage_writes_its_files(simulated_run, write_predictions):
     write_predictions(simulated_run, cohort[cohort["fold"] < 2], (0, 1))
     explain(simulated_run, tiny_phantom(), n_boot=50)
     captions = pd.read_csv(simulated_run / "tables" / "captions.csv")
-    assert {"grad_cam.png", "mistakes.png", "subgroups.svg"} <= set(captions["figure"])
+    assert {"evidence.png", "mistakes.png", "subgroups.svg"} <= set(captions["figure"])
     assert all((simulated_run / "figures" / f).is_file() for f in captions["figure"])
     assert captions["caption"].str.contains("Synthetic data").all()
     pointing = pd.read_csv(simulated_run / "tables" / "pointing.csv")
     assert pointing["value"].dropna().between(0, 1).all() and pointing["n"].sum() > 0
+    rate = pointing.query("label == 'all' and measure == 'peak' and who == 'the map'")["value"].item()
+    caption = captions.set_index("figure").loc["evidence.png", "caption"]
+    assert f"lies in it on {rate:.3f}" in caption and "untrained" in caption
 
 
 def test_the_sensitivity_that_was_asked_for_reaches_the_subgroups(simulated_run, write_predictions):
@@ -54,6 +60,43 @@ def test_the_stage_survives_too_little_data(simulated_run, write_predictions, to
     shutil.copytree(simulated_run, tmp_path / "run")
     rows = too_little(pd.read_parquet(simulated_run / "cohort.parquet"), which)
     write_predictions(tmp_path / "run", rows, (rows["fold"].iloc[0],))
-    tables = explain(tmp_path / "run", None, n_boot=20)
-    for name in ("subgroups", "shortcut"):
-        assert tables[name].loc[tables[name]["value"].isna(), "note"].str.len().gt(0).all()
+    table = explain(tmp_path / "run", None, n_boot=20)["subgroups"]
+    assert table.loc[table["value"].isna(), "note"].str.len().gt(0).all()
+
+
+class ReadsOnePlace(torch.nn.Module):
+    "Sees blood in rows 8 to 11, columns 20 to 23; the label `any` alone."
+
+    def forward(self, x):
+        logits = torch.zeros(len(x), 6)
+        logits[:, 5] = torch.relu(x[:, 0, 8:12, 20:24]).sum((1, 2))
+        return logits
+
+
+def test_the_map_points_at_what_the_network_reads():
+    x = torch.rand(2, 1, 32, 32) + 0.1  # bright everywhere, read in one place
+    maps = smooth_map(integrated_gradients(ReadsOnePlace(), x, torch.zeros_like(x), ["any", "subdural"]))
+    down, across = divmod(int(maps[0].argmax()), 32)
+    assert 8 <= down < 12 and 20 <= across < 24
+    assert maps[0, 6:14, 18:26].sum() == pytest.approx(maps[0].sum(), rel=1e-3)
+    assert not maps[1].any()  # nothing speaks for this label
+
+
+@pytest.mark.parametrize(
+    "arch", ["resnet10t", "test_convnext", "test_vit", "swin_tiny_patch4_window7_224", "maxvit_tiny_tf_224"]
+)
+def test_any_kind_of_backbone_can_be_explained(arch):
+    torch.manual_seed(0)
+    network = build_model(arch, 1, image_size=64).eval()
+    hu = torch.full((2, 1, 64, 64), -1000.0)
+    hu[:, :, 10:50, 10:50] = 60
+    x, base = (torch.clamp(pixels / 40 - 1, -1, 1) for pixels in (hu, paint_brain(hu)))
+    added = integrated_gradients(network, x, base, ["any", "epidural"])
+    assert added.shape == (2, 64, 64) and np.isfinite(added).all()
+    assert added[:, 10:50, 10:50].any() and not added[:, :10].any()  # air is not painted: it adds nothing
+
+
+def test_a_size_that_a_backbone_cannot_take_is_one_line():
+    with pytest.raises(InputError, match="test_vit: does not work at image_size=65, it was made for 160") as error:
+        build_model("test_vit", 3, image_size=65)
+    assert "\n" not in str(error.value)
