@@ -21,7 +21,7 @@ from .cache import Decoder, make_table, read_row
 from .ingest import mark_duplicates
 from .cohort import find_neighbors, input_addresses
 from .model import Model, load_model, predict_logits
-from .calibrate import calibrate, to_logits
+from .calibrate import calibrate, order_logits, pool_slices, slice_lengths, to_logits
 
 # %% ../nbs/31_predict.ipynb #31-008
 def _find_held_out(run_dir: Path, fold: int) -> tuple[list[str], pd.DataFrame]:
@@ -69,12 +69,13 @@ def decide(
     logits: np.ndarray,  # (n, 6) of slices, as the network gives them
     card: dict,  # model.json; before notebook 22 no call is made, and all is undecided
     study: np.ndarray | None = None,  # (n,) int, number of each slice's study from 0 on
+    mm: np.ndarray | None = None,  # (n,) of `slice_lengths`; the same for all by default
 ) -> pd.DataFrame:  # LABELS float64 on the natural mix; CALLS Int8, null without a threshold; SETS str
     "Probabilities, calls and sets of new slices or, with `study`, of studies, as notebook 22 evaluates them."
     level, name = ("slice", "calibration") if study is None else ("study", "study_calibration")
-    x = to_logits(logits, card["corrections"].get("keep_rate", 1.0))
+    x = order_logits(to_logits(logits, card["corrections"].get("keep_rate", 1.0)))
     if study is not None:
-        x = pd.DataFrame(x).groupby(study).max().to_numpy()
+        x = pool_slices(x, study, np.ones(len(x)) if mm is None else mm)
     fit = pd.DataFrame(card["corrections"].get(name), ["slope", "intercept"], list(LABELS)).to_numpy(np.float64)
     cuts = pd.DataFrame(card["thresholds"].get(level), ["threshold", "present_from", "absent_to"], list(LABELS))
     threshold, present_from, absent_to = cuts.to_numpy(np.float64)
@@ -107,10 +108,10 @@ def summarize_studies(
     slices: pd.DataFrame,  # as `predict_study` gives it
     card: dict,  # model.json
 ) -> pd.DataFrame:  # index StudyInstanceUID; slices (readable ones), LABELS, CALLS, SETS
-    "A row per study, from its slices' largest corrected logits."
+    "A row per study, from its slices' corrected logits and where they lie."
     good = slices[slices["error"].isna()]
     studies = good.groupby("StudyInstanceUID", dropna=False)
-    table = decide(good[LOGITS].to_numpy(), card, studies.ngroup().to_numpy())
+    table = decide(good[LOGITS].to_numpy(), card, studies.ngroup().to_numpy(), slice_lengths(good))
     return studies.size().rename("slices").to_frame().join(table.set_index(studies.size().index))
 
 # %% ../nbs/31_predict.ipynb #31-028

@@ -40,7 +40,8 @@ def test_calls_and_sets_are_those_of_the_fit(trained, level):
     card, predictions = read_stage(trained, "model/model.json"), read_stage(trained, "predictions.parquet")
     d, studies = score_levels(predictions)[level], predictions["StudyInstanceUID"]
     got = decide(predictions[LOGITS].to_numpy(), card, pd.factorize(studies)[0] if level == "study" else None)
-    fit = fit_decisions(d.y, d.x, d.patients)
+    mine = d.fold == card["training"]["folds"][0]["fold"]  # whose network the model is
+    fit = fit_decisions(d.y[mine], d.x[mine], d.patients[mine], level=level)
     p, known = calibrate(d.x, fit.slope, fit.intercept), np.isfinite(fit.threshold)
     called = np.where(known, p >= fit.threshold, np.nan)
     assert got[CALLS].astype(float).to_numpy() == pytest.approx(called, nan_ok=True)

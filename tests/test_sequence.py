@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
-from ich_fastai.calibrate import correct_logits, score_levels, to_logits
+from ich_fastai.calibrate import correct_logits, order_logits, score_levels, to_logits
 from ich_fastai.core import InputError, read_stage
 from ich_fastai.imbalance import compare_arms
 from ich_fastai.labels import LABELS, LOGITS
@@ -110,7 +110,7 @@ def test_evaluation_and_comparison_read_the_series_together(stage):
     x = series_logits(predictions)
     assert np.allclose(correct_logits(predictions), to_logits(x, 0.4))
     level = score_levels(predictions)["slice"]
-    assert np.allclose(level.raw, expit(x)) and np.allclose(level.x, to_logits(x, 0.4))
+    assert np.allclose(level.raw, expit(x)) and np.allclose(level.x, order_logits(to_logits(x, 0.4)))
     alone = score_levels(read_together(stage, 0))["slice"]
     assert np.allclose(alone.raw, expit(predictions[LOGITS]))
     as_read = predictions.assign(**dict(zip(LOGITS, x.T, strict=True)), smooth=0.0)
