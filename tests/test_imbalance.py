@@ -8,11 +8,11 @@ import pytest
 from scipy.special import expit, logit
 from sklearn import metrics as sk
 
-from ich_fastai.calibrate import LOGITS, correct_for_sampling, score_levels
+from ich_fastai.calibrate import correct_for_sampling, score_levels
 from ich_fastai.core import InputError
 from ich_fastai.evaluate import level_metrics
 from ich_fastai.imbalance import compare, compare_arms, read_arms, table_2
-from ich_fastai.labels import LABELS
+from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.metrics import draw_patients, weighted_log_loss
 from ich_fastai.tiny import simulate_scores
 
