@@ -145,7 +145,7 @@ def measure_arms(options):
     from ich_fastai.imbalance import compare_arms, difference_table, finding_table, table_2
 
     y, p, patient = simulate_rsna(options.slices)
-    rng, arms = np.random.default_rng(1), {}
+    rng, arms = np.random.default_rng(1), []
     for arm, keep_rate in (
         ("undersample+inverse", 0.2),
         ("undersample+none", 0.2),
