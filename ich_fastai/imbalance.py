@@ -8,7 +8,7 @@ __all__ = ['MEASURED', 'ALONE', 'CONVERGED', 'SHOWN', 'measure_arm', 'Arms', 'st
            'finding_table', 'draw_estimate', 'plot_imbalance', 'plot_differences', 'compare']
 
 # %% ../nbs/25_imbalance.ipynb #25-003
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +101,7 @@ def spread(
 # %% ../nbs/25_imbalance.ipynb #25-026
 def half_width(
     total: np.ndarray,  # (b,) the mean over seeds of one arm, or the difference of two means
-    parts: tuple[np.ndarray, ...],  # (seeds, b) of each arm, two seeds or more
+    parts: Sequence[np.ndarray],  # (seeds, b) of each arm, two seeds or more
     n_patients: int,
 ) -> float:
     "Half of the 95% interval over seeds and patients; row 0 of `total` and `parts` is of the data as they are."
@@ -122,7 +122,7 @@ ALONE = "one seed: the interval is of patients alone"
 def widen(
     found: Estimate,  # over patients alone
     total: np.ndarray,  # (b,) as in `half_width`
-    parts: tuple[np.ndarray, ...],  # (seeds, b) of each arm
+    parts: Sequence[np.ndarray],  # (seeds, b) of each arm
     n_patients: int,
 ) -> Estimate:
     "The estimate over seeds and patients; the difference of two arms has no interval where one has a single seed."
@@ -144,7 +144,7 @@ def arm_rows(
     "A row for each label and metric: the mean over seeds, or the difference of two means."
     rows, n_patients = [], len(np.unique(arms.patient))
     for label, of in a.items():
-        parts = {m: (found,) if b is None else (found, b[label][m]) for m, found in of.items()}
+        parts = {m: [found, *([b[label][m]] if b else [])] for m, found in of.items()}
         totals = {m: each[0].mean(0) - (each[1].mean(0) if b else 0) for m, each in parts.items()}
         totals = {m: np.where(np.abs(d) < CONVERGED, 0, d) if b else d for m, d in totals.items()}
         y = arms.y[:, LABELS.index(label) if label in LABELS else -1]
@@ -184,8 +184,8 @@ def difference_table(
 ) -> pd.DataFrame:  # arm, probabilities, minus, label, metric, value, low, high, says, n, n_positive, ... as in Table 2
     "Arms minus the reference, raw and corrected; within an arm corrected minus raw. Empty where there is no pair."
     of, reference, rows = arms.values, arms.reference, []
-    pairs = [(arm, kind, reference, of[arm][kind], of[reference][kind]) for arm in of for kind in of[arm]]
-    pairs = [pair for pair in pairs if pair[0] != reference]
+    others: list[tuple] = [(arm, kind, reference, of[arm][kind], of[reference][kind]) for arm in of for kind in of[arm]]
+    pairs = [pair for pair in others if pair[0] != reference]
     pairs += [(arm, "corrected", "raw", subtract(of[arm]["corrected"], of[arm]["raw"]), None) for arm in arms.corrected]
     for arm, kind, minus, a, b in pairs:
         for row in arm_rows(arms, a, b):

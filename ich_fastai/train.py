@@ -276,7 +276,7 @@ def fit_fold(
     callbacks = [FollowEpochs(), journal, StopOnNonFinite(), checkpoint]
     learner = make_learner(dls, network, make_loss(weights, place.device), callbacks)
     _train(learner, settings)
-    facts = {"fold": fold, "slices": len(rows), "positives": int(rows["any"].sum()), "keep_rate": keep_rate}
+    facts: dict = {"fold": fold, "slices": len(rows), "positives": int(rows["any"].sum()), "keep_rate": keep_rate}
     facts |= {"images_seen": settings.epochs * len(dls.train) * dls.train.bs}
     facts |= {"loss_weights": weights.round(6).to_dict(), "fingerprint": checkpoint.fingerprint}
     predictions = _prediction_table(cohort[cohort["fold"] == fold], journal.logits.numpy(), keep_rate)
@@ -318,7 +318,7 @@ def plot_history(
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
     for color, (name, of) in zip(cycle(COLORS[4::-1]), history.groupby(by, sort=False), strict=False):
-        how = {"color": color, "marker": "o", "ms": 4}
+        how: dict = {"color": color, "marker": "o", "ms": 4}
         left.plot(of["epoch"], of["train_loss"], ls="--", mfc="white", **how)
         left.plot(of["epoch"], of["valid_loss"], **how)
         right.plot(of["epoch"], of["auc_any"].astype(float), label=f"{by} {name}", **how)
