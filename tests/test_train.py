@@ -157,7 +157,7 @@ def test_a_model_folder_of_the_former_layout_is_refused_in_one_line(trained, tmp
 
 
 def arm_times(run_dir):
-    return {str(p.relative_to(run_dir / "arms").parents[1]): p.stat().st_mtime_ns for p in run_dir.rglob("model.json")}
+    return {path: path.stat().st_mtime_ns for path in (run_dir / "arms").rglob("model.json")}
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_a_run_killed_in_an_arm_keeps_the_finished_ones(short_run, monkeypatch):
         patch.setattr(train.Checkpoint, "after_validate", die_in_the_third)
         train_them("none+none", "none+inverse")
     before = arm_times(run_dir)
-    assert len(before) == 1 + 2 and not (run_dir / "arms/none+inverse/seed-42/predictions.parquet").exists()
+    assert len(before) == 2 and not (run_dir / "arms/none+inverse/seed-42/predictions.parquet").exists()
     done = train_them("none+none", "none+inverse")
     assert list(done.values()) == [0, 0, 1, 1] and before.items() <= arm_times(run_dir).items()
     assert not list(run_dir.rglob("checkpoints"))
