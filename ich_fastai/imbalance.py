@@ -133,7 +133,8 @@ def widen(
         return found._replace(why=why) if len(parts) == 1 else Estimate(found.value, why="one seed an arm: no interval")
     half = half_width(total, parts, n_patients)
     why = SAME if half < ROUNDING else found.why.replace(SAME, "")
-    return Estimate(found.value, total[0] - half, total[0] + half, why)
+    value = float(total[0])
+    return Estimate(value, value - half, value + half, why)
 
 # %% ../nbs/25_imbalance.ipynb #25-033
 def arm_rows(
