@@ -2,7 +2,7 @@
 
 python benchmarks/evaluate.py [SECTION ...] [--slices 100000] [--resamples 1000] [--datasets 600] [--patients 400]
 
-Sections: speed memory whole arms coverage (all by default). Simulated labels with RSNA's prevalences,
+Sections: speed memory whole arms coverage seeds (all by default). Simulated labels with RSNA's prevalences,
 39.5 slices a patient, one core.
 The loop would take hours, so a few of its resamples are timed, in turn with ours, and the rest is extrapolated.
 """
@@ -26,7 +26,7 @@ from ich_fastai.labels import LABELS, LOGITS, class_balance, read_combinations
 from ich_fastai.metrics import draw_patients, find_estimate, mean_metrics, metrics_table, rank_metrics
 from ich_fastai.tiny import simulate_scores
 
-SECTIONS = ("speed", "memory", "whole", "arms", "coverage")
+SECTIONS = ("speed", "memory", "whole", "arms", "coverage", "seeds")
 SLICES_PER_PATIENT = 674_258 / 17_079
 THRESHOLD = 0.2
 
@@ -141,28 +141,63 @@ def measure_whole(options):
 
 
 def measure_arms(options):
-    "Four arms, two of them corrected, as notebook 25 compares them."
+    "Four arms of three seeds, two of them corrected, as notebook 25 compares them."
+    import resource
+
     from ich_fastai.imbalance import compare_arms, difference_table, finding_table, table_2
 
     y, p, patient = simulate_rsna(options.slices)
-    rng, arms = np.random.default_rng(1), {}
-    for arm, keep_rate in (
-        ("undersample+inverse", 0.2),
-        ("undersample+none", 0.2),
-        ("none+inverse", 1.0),
-        ("none+none", 1.0),
-    ):
-        x = logit(p) + rng.normal(0, 0.3, p.shape)
-        columns = dict(zip(LABELS, y.T, strict=True)) | dict(zip(LOGITS, x.T, strict=True))
-        arms[arm] = pd.DataFrame({"PatientID": patient, "fold": 0, "keep_rate": keep_rate} | columns)
+    rng, rates = np.random.default_rng(1), {"undersample+inverse": 0.2, "undersample+none": 0.2}
+
+    def train():  # one table at a time, as `read_arms` gives them
+        for arm in (*rates, "none+inverse", "none+none"):
+            for seed in range(3):
+                x = logit(p) + rng.normal(0, 0.3, p.shape)
+                columns = dict(zip(LABELS, y.T, strict=True)) | dict(zip(LOGITS, x.T, strict=True))
+                ids = {"PatientID": patient, "fold": 0, "keep_rate": rates.get(arm, 1.0)}
+                yield arm, seed, pd.DataFrame(ids | columns)
 
     def compare():
-        compared = compare_arms(arms, n_boot=options.resamples)
+        compared = compare_arms(train(), n_boot=options.resamples)
         table_2(compared)
         finding_table(difference_table(compared))
 
-    what = f"Table 2 with all paired differences, 4 arms, raw and corrected, {options.resamples:,} resamples"
-    print(f"{what}: {timed(compare):.1f} s")
+    what = f"Table 2 with all differences, 4 arms of 3 seeds, raw and corrected, {options.resamples:,} resamples"
+    seconds = timed(compare)
+    print(f"{what}: {seconds:.1f} s, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MB")
+
+
+def simulate_seeds(rng, seeds, patients, effect=0.0):
+    "AUCs (seeds, b) of two arms on the same patients, hard or easy; seeds differ in skill and in what they see."
+    y, p, patient = simulate_scores(12 * patients, patients, int(rng.integers(1e9)), hidden=1)
+    patient, draws = draw_patients(patient, 200, 0)
+    out = []
+    for shift in (0.0, effect):
+        skill = np.exp(rng.normal(shift, 0.25, seeds))[:, None]
+        noise = rng.normal(0, 0.7, (seeds, patients))[:, patient] + rng.normal(0, 0.5, (seeds, len(y)))
+        out.append(np.stack([rank_metrics(y, s, patient, draws, ())["auc"] for s in logit(p) * skill + noise]))
+    return out
+
+
+def measure_seeds(options, patients=25):
+    "How often an interval of a difference leaves 0 out, of equal arms and of arms that differ."
+    from ich_fastai.imbalance import widen
+
+    print(f"{options.datasets} datasets of {patients} patients with 12 slices each on average; AUC")
+    for seeds in (3, 5):
+        for effect in (0.0, -0.75, -1.5):
+            rng, found = np.random.default_rng(seeds), []
+            for _ in range(options.datasets):
+                a, b = simulate_seeds(rng, seeds, patients, effect)
+                gap = a.mean(0) - b.mean(0)
+                both, one = widen(find_estimate(gap), gap, (a, b), patients), find_estimate(a[0] - b[0])
+                found.append((gap[0], *(e.low > 0 or e.high < 0 for e in (both, find_estimate(gap), one))))
+            gap, both, means, one = np.mean(found, 0)
+            error = 1.96 * (both * (1 - both) / options.datasets) ** 0.5
+            print(
+                f"{seeds} seeds, mean difference {gap:.3f}: 0 left out by {both:.1%} +- {error:.1%} over seeds and "
+                f"patients, {means:.1%} over patients alone, {one:.1%} with one seed over patients alone"
+            )
 
 
 def find_all(y, p, patient, draws):

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
+from ich_fastai.arms import read_arms
 from ich_fastai.calibrate import correct_logits, order_logits, score_levels, to_logits
 from ich_fastai.core import InputError, read_stage
 from ich_fastai.imbalance import compare_arms
@@ -83,26 +84,26 @@ def test_before_or_after_the_correction_is_the_same_for_any_and_without_undersam
 
 @pytest.fixture
 def stage(simulated_run, write_predictions):
-    "A run with simulated predictions of two folds, and the same as an arm."
+    "A run with simulated predictions of two folds, and the same as an arm of one seed."
     cohort = pd.read_parquet(simulated_run / "cohort.parquet")
-    for folder in (simulated_run, simulated_run / "arms" / "none+none"):
+    for folder in (simulated_run, simulated_run / "arms" / "none+none" / "seed-42"):
         folder.mkdir(parents=True, exist_ok=True)
         write_predictions(folder, cohort[cohort["fold"] < 2], [0, 1])
     return simulated_run
 
 
 def test_the_stage_keeps_the_networks_logits_and_says_how_they_are_read(stage):
-    folders = (stage, stage / "arms" / "none+none")
-    before = [pd.read_parquet(folder / "predictions.parquet") for folder in folders]
+    was = pd.read_parquet(stage / "predictions.parquet")
     for _ in range(2):  # a second time changes nothing
         read_together(stage, 0.5)
-        for folder, was in zip(folders, before, strict=True):
-            now = pd.read_parquet(folder / "predictions.parquet")
-            assert now[was.columns].equals(was)
-            assert list(now.columns.difference(was.columns)) == ["SeriesInstanceUID", "smooth", "z_mm"]
-            assert read_stage(folder, "model/model.json")["smooth"] == 0.5
+        now = pd.read_parquet(stage / "predictions.parquet")
+        assert now[was.columns].equals(was)
+        assert list(now.columns.difference(was.columns)) == ["SeriesInstanceUID", "smooth", "z_mm"]
+        assert read_stage(stage, "model/model.json")["smooth"] == 0.5
     expected = smooth_logits(now[LOGITS], now["SeriesInstanceUID"], now["z_mm"], 0.5)
     assert np.allclose(series_logits(now), expected) and not np.allclose(expected, now[LOGITS])
+    arm, seed, of_arm = next(read_arms(stage))
+    assert (arm, seed) == ("none+none", 42) and np.allclose(series_logits(of_arm), expected)
 
 
 def test_evaluation_and_comparison_read_the_series_together(stage):
@@ -114,7 +115,7 @@ def test_evaluation_and_comparison_read_the_series_together(stage):
     alone = score_levels(read_together(stage, 0))["slice"]
     assert np.allclose(alone.raw, expit(predictions[LOGITS]))
     as_read = predictions.assign(**dict(zip(LOGITS, x.T, strict=True)), smooth=0.0)
-    a, b = (compare_arms({"none+none": table}, n_boot=5) for table in (predictions, as_read))
+    a, b = (compare_arms([("none+none", 42, table)], n_boot=5) for table in (predictions, as_read))
     assert all(
         np.array_equal(a.values["none+none"][kind]["any"]["auc"], b.values["none+none"][kind]["any"]["auc"])
         for kind in ("raw", "corrected")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ich_fastai import model as model_module
 from ich_fastai import train
 from ich_fastai.tiny import tiny_cohort
+from ich_fastai.arms import read_arms, train_arms
 from ich_fastai.batches import Settings, SliceBatches, named_windows, slice_loaders
 from ich_fastai.cohort import training_rows
 from ich_fastai.core import InputError, read_stage
@@ -30,11 +31,13 @@ from ich_fastai.model import (
     can_reach_hub,
     load_model,
     loss_weights,
+    make_card,
     make_loss,
     read_packaged,
+    save_model,
     share_norms,
 )
-from ich_fastai.train import fit, score_logits, train_arms
+from ich_fastai.train import fit, score_logits
 
 QUICK = Settings(image_size=32, windows=named_windows(["brain"]), neighbors=0, batch_size=8, epochs=1, epoch_size=24)
 
@@ -156,18 +159,71 @@ def test_a_model_folder_of_the_former_layout_is_refused_in_one_line(trained, tmp
     assert "\n" not in str(error.value)
 
 
-def test_all_arms_are_trained_drawn_and_stale_ones_removed(cohort, tmp_path):
+def arm_times(run_dir):
+    return {path: path.stat().st_mtime_ns for path in (run_dir / "arms").rglob("model.json")}
+
+
+@pytest.fixture
+def short_run(cohort, tmp_path):
+    "A run folder with a main model of the quick settings, and how its arms are asked for."
     run_dir = run_folder(tmp_path / "run", cohort)
-    (run_dir / "arms" / "undersample+inverse").mkdir(
-        parents=True
-    )  # of an earlier run, in which it was not the main one
-    (run_dir / "arms" / "none+inverse").mkdir()
-    tables = train_arms(run_dir, QUICK, ["undersample+inverse", "none+competition"])
-    assert [p.name for p in (run_dir / "arms").iterdir()] == ["none+competition"]
-    assert (run_dir / "figures" / "loss.svg").is_file() and len(tables) == 2
-    for arm, folder in (("undersample+inverse", run_dir), ("none+competition", run_dir / "arms" / "none+competition")):
-        assert Settings(**read_stage(folder, "model/model.json")["settings"]).arm == arm
-        assert read_stage(folder, "predictions.parquet").equals(tables[arm])
+    network = build_model(QUICK.arch, QUICK.n_in)
+    save_model(network, make_card(QUICK, 256, [{"fold": 0}, {"fold": 1}]), run_dir / "model")
+    return run_dir, lambda *arms, **options: train_arms(run_dir, arms, **{"seeds": 2, "epoch_size": 8} | options)
+
+
+def test_arms_are_trained_with_their_seeds_and_stale_ones_removed(short_run):
+    run_dir, train_them = short_run
+    (run_dir / "arms" / "undersample+inverse" / "model").mkdir(parents=True)  # of version 0.1
+    (run_dir / "arms" / "none+inverse" / "seed-42").mkdir(parents=True)
+    assert set(train_them("undersample+inverse", "none+competition").values()) == {1}
+    assert sorted(str(p.relative_to(run_dir / "arms")) for p in (run_dir / "arms").glob("*/*")) == [
+        f"{arm}/seed-{k}" for arm in ("none+competition", "undersample+inverse") for k in (42, 43)
+    ]
+    for arm, seed, predictions in read_arms(run_dir):
+        card = read_stage(run_dir / "arms" / arm / f"seed-{seed}", "model/model.json")
+        assert Settings(**card["settings"]) == replace(QUICK, epoch_size=8, seed=seed).with_arm(arm)
+        assert set(predictions["fold"]) == {0}, "the main model's first fold"
+    train_them("none+competition", seeds=1)
+    assert [p.name for p in (run_dir / "arms").glob("*/*")] == ["seed-42"]
+
+
+def test_a_run_killed_in_an_arm_keeps_the_finished_ones(short_run, monkeypatch):
+    run_dir, train_them = short_run
+    write, started = train.Checkpoint.after_validate, []
+
+    def die_in_the_third(self):
+        write(self)
+        started.append(self.path)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Checkpoint, "after_validate", die_in_the_third)
+        train_them("none+none", "none+inverse")
+    before = arm_times(run_dir)
+    assert len(before) == 2 and not (run_dir / "arms/none+inverse/seed-42/predictions.parquet").exists()
+    done = train_them("none+none", "none+inverse")
+    assert list(done.values()) == [0, 0, 1, 1] and before.items() <= arm_times(run_dir).items()
+    assert not list(run_dir.rglob("checkpoints"))
+
+
+def test_what_would_come_out_otherwise_is_trained_again(short_run, cohort):
+    run_dir, train_them = short_run
+    assert list(train_them("none+none").values()) == [1, 1]
+    assert list(train_them("none+none", epochs=1).values()) == [0, 0], "as the main model has it"
+    assert list(train_them("none+none", epoch_size=16).values()) == [1, 1]
+    assert list(train_them("none+none", epoch_size=16, seeds=3).values()) == [0, 0, 1]
+    card = read_stage(run_dir, "model/model.json")
+    card["settings"]["lr"] = 1e-4
+    (run_dir / "model" / "model.json").write_text(json.dumps(card))
+    assert list(train_them("none+none", seeds=1).values()) == [1]
+    (run_dir / "arms" / "none+none" / "seed-42" / "predictions.parquet").write_bytes(b"cut off")
+    assert list(train_them("none+none", seeds=1).values()) == [1]
+    for fold in (1, 0):  # labels of training, of held-out slices
+        relabelled = cohort.assign(epidural=cohort["epidural"].where(cohort["fold"] != fold, 1))
+        relabelled.to_parquet(run_dir / "cohort.parquet")
+        assert list(train_them("none+none", seeds=1).values()) == [1], fold
 
 
 EXACT = """
@@ -381,6 +437,18 @@ def test_a_package_that_is_not_installed_is_one_line_without_a_network(monkeypat
     assert "\n" not in str(error.value)
 
 
+def test_wrong_arms_are_one_line(short_run):
+    run_dir, train_them = short_run
+    for arms, seeds, message in (
+        ([], 3, r"arms=\[\], seeds=3: must be one or more"),
+        (["none+none"], 0, "seeds=0: must be one or more"),
+        (["none+none", "undersample"], 3, "arm undersample: must be"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train_them(*arms, seeds=seeds)
+    assert not (run_dir / "arms").exists()
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -391,8 +459,7 @@ def test_a_package_that_is_not_installed_is_one_line_without_a_network(monkeypat
         (lambda f: fit(f / "run", replace(QUICK, pretrained_from="imagenet")), "pretrained_from=imagenet: no such"),
         (lambda f: fit(f / "run", QUICK, folds=[9]), r"folds=\[9\]: must be some of"),
         (lambda f: fit(f / "run", QUICK, folds=[0, 0]), "each once"),
-        (lambda f: train_arms(f / "run", QUICK, []), r"arms=\[\]: must hold one or more"),
-        (lambda f: train_arms(f / "run", QUICK, ["none+none", "undersample"]), "arm undersample: must be"),
+        (lambda f: train_arms(f / "run", ["none+none"]), "model.json: not there; notebook 12_train makes it"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(cohort, tmp_path, call, message):
