@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TAGS', 'EXPLICIT_LE', 'IMPLICIT_LE', 'DECODE_SECONDS', 'DECODE_BYTES', 'COLUMNS', 'SCHEMA', 'SHARD_ROWS',
            'NPY_HEADER', 'find_elements', 'parse_value', 'walk_header', 'clear_unused_bits', 'add_intercept',
-           'count_brain', 'read_plain', 'read_into', 'Decoder', 'resize_slice', 'printable', 'read_row', 'make_table',
-           'shard_paths', 'write_shard', 'read_shard', 'save_settings', 'read_size', 'Cache', 'open_cache']
+           'count_brain', 'read_plain', 'read_into', 'Decoder', 'resize_slice', 'read_row', 'make_table', 'shard_paths',
+           'write_shard', 'read_shard', 'save_settings', 'read_size', 'Cache', 'open_cache']
 
 # %% ../nbs/07_cache.ipynb #07-002
 import json
@@ -22,9 +22,8 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow.parquet import write_table
 
-from .core import Helper, InputError, save_json, write_file
-from .dicom import DicomError, Header, SliceRecord
-from .dicom import brain_fraction, check_header, convert_slice, open_file, read_slice, rescale
+from .core import DicomError, Helper, InputError, open_file, printable, save_json, write_file
+from .dicom import Header, SliceRecord, brain_fraction, check_header, convert_slice, read_slice, rescale
 
 # %% ../nbs/07_cache.ipynb #07-007
 _TABLE = """
@@ -231,13 +230,6 @@ def resize_slice(
     return cv2.resize(hu, (size, size), interpolation=cv2.INTER_AREA if min(hu.shape) >= size else cv2.INTER_LINEAR)
 
 # %% ../nbs/07_cache.ipynb #07-038
-def printable(
-    text: str,  # perhaps with bytes that are not UTF-8, as Python keeps them in file names
-) -> str:
-    "The text with such bytes as escapes."
-    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-# %% ../nbs/07_cache.ipynb #07-040
 def read_row(
     path: str | Path,  # a DICOM file
     size: int,  # px
@@ -256,7 +248,7 @@ def read_row(
     except DicomError as e:
         return None, row | {"error": printable(str(e))}
 
-# %% ../nbs/07_cache.ipynb #07-043
+# %% ../nbs/07_cache.ipynb #07-041
 _KINDS = {str: "string", int: "Int32", float: "float64", bool: "boolean"}
 COLUMNS = {"file": "string"} | {name: _KINDS[kind] for name, kind in SliceRecord.__annotations__.items()}
 COLUMNS |= {"BitsStored": "Int16", "PixelRepresentation": "Int8", "bytes": "Int64", "modified_ns": "Int64"}
@@ -272,7 +264,7 @@ def make_table(
     columns = [pa.array([row.get(f.name) for row in rows], f.type, from_pandas=True) for f in SCHEMA]  # NaN is null
     return pa.table(columns, SCHEMA)
 
-# %% ../nbs/07_cache.ipynb #07-046
+# %% ../nbs/07_cache.ipynb #07-044
 SHARD_ROWS = 1024
 
 
@@ -281,7 +273,7 @@ def shard_paths(cache_dir: str | Path, number: int) -> tuple[Path, Path]:
     stem = Path(cache_dir) / f"shard-{number:05d}"
     return stem.with_suffix(".npy"), stem.with_suffix(".parquet")
 
-# %% ../nbs/07_cache.ipynb #07-048
+# %% ../nbs/07_cache.ipynb #07-046
 NPY_HEADER = 128  # bytes before the pixels in numpy's format
 
 
@@ -292,7 +284,7 @@ def _write_header(file, n: int, size: int) -> None:
     if file.tell() != NPY_HEADER:
         raise RuntimeError(f"numpy's header has {file.tell()} bytes, not {NPY_HEADER}")
 
-# %% ../nbs/07_cache.ipynb #07-049
+# %% ../nbs/07_cache.ipynb #07-047
 def _write_pixels(path: Path, files, size: int, rows: list, tick) -> None:
     "Read the files, write the pixels of the good ones to `path` and append the rows of all to `rows`."
     buffer, n = mmap(-1, 1 << 20), 0  # begins at a page, where the kernel copies much faster than into a bytearray
@@ -307,7 +299,7 @@ def _write_pixels(path: Path, files, size: int, rows: list, tick) -> None:
             tick(row.get("bytes", 0))
         _write_header(f, n, size)
 
-# %% ../nbs/07_cache.ipynb #07-051
+# %% ../nbs/07_cache.ipynb #07-049
 def write_shard(
     files: list[str],  # at most SHARD_ROWS paths in `dicom_dir`
     cache_dir: str | Path,
@@ -329,7 +321,7 @@ def write_shard(
         cv2.setNumThreads(threads)
     return table.select(["file", "bytes", "error"]).to_pandas()
 
-# %% ../nbs/07_cache.ipynb #07-055
+# %% ../nbs/07_cache.ipynb #07-053
 def read_shard(
     cache_dir: str | Path,
     number: int,  # of the shard
@@ -344,14 +336,14 @@ def read_shard(
         return None
     return rows if right else None
 
-# %% ../nbs/07_cache.ipynb #07-058
+# %% ../nbs/07_cache.ipynb #07-056
 def save_settings(cache_dir: str | Path, size: int) -> None:  # px, side of the cached slices
     "Write `cache.json`: what every reader of the cache must know."
     about = {"size": size, "dtype": "int16", "unit": "HU", "shard_rows": SHARD_ROWS}
     about["resize"] = "OpenCV INTER_AREA; INTER_LINEAR where a side grows"
     save_json(about, Path(cache_dir) / "cache.json")
 
-# %% ../nbs/07_cache.ipynb #07-059
+# %% ../nbs/07_cache.ipynb #07-057
 def read_size(cache_dir: str | Path) -> int:  # px, side of the cached slices
     "What `cache.json` says. Raises `InputError` where it cannot be read."
     path = Path(cache_dir) / "cache.json"
@@ -360,7 +352,7 @@ def read_size(cache_dir: str | Path) -> int:  # px, side of the cached slices
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path}: missing or damaged; delete its folder and run notebook 08_ingest again") from None
 
-# %% ../nbs/07_cache.ipynb #07-062
+# %% ../nbs/07_cache.ipynb #07-060
 class Cache:
     "The slices of a cache, by address."
 
@@ -391,7 +383,7 @@ class Cache:
             pixels[:] = self._map(shard)[row]
         return out
 
-# %% ../nbs/07_cache.ipynb #07-063
+# %% ../nbs/07_cache.ipynb #07-061
 def open_cache(cache_dir: str | Path) -> Cache:
     "The cache that `ingest` wrote. Raises `InputError` when there is none."
     return Cache(cache_dir)

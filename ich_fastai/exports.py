@@ -54,7 +54,9 @@ def draw_view(
     for part in (-0.25, 0.25):
         origin = view.position(k) + normal * part * view.depth
         axes = zip(origin, view.row, view.column, strict=True)
-        planes.append(draw_plane(head, bleeds, *(np.float32(o + r * i + c * i[:, None]) for o, r, c in axes))[0])
+        planes.append(
+            draw_plane(head, bleeds, *(np.asarray(o + r * i + c * i[:, None], np.float32) for o, r, c in axes))[0]
+        )
     return np.mean(planes, 0) + rng.normal(0, view.noise, (view.size, view.size)).astype(np.float32)
 
 # %% ../nbs/91_exports.ipynb #91-012
@@ -131,7 +133,8 @@ def draw_text(
     seed: int = 0,
 ) -> np.ndarray:  # (size, size) float32; 0 and 255
     "A screen of text, as lines of random words look."
-    rng, page = make_rng(seed, 3), np.zeros((size, size), np.float32)
+    rng = make_rng(seed, 3)
+    page: np.ndarray = np.zeros((size, size), np.float32)
     for y in range(8, size - 12, 14):
         x = 8
         while x < size * rng.uniform(0.4, 0.95) - 30:
@@ -218,6 +221,7 @@ def write_export(
     bleeds: Sequence[Bleed],
     names: Sequence[str],  # keys of SERIES, or scout, capture, report, enhanced
     patient: int = 1,  # its number
+    shrink: int = 1,  # how much smaller to draw the slices
 ) -> dict[str, str]:  # name: SeriesInstanceUID
     "Write series of one study."
     uids = {}
@@ -225,16 +229,18 @@ def write_export(
         number = 1 + (*SERIES, "scout", "capture", "report", "enhanced").index(name)
         uids[name] = f"2.25.{patient}.{number}"
         ids = {"PatientID": f"P{patient}", "StudyInstanceUID": f"2.25.{patient}", "SeriesInstanceUID": uids[name]}
-        home, rest = Path(folder) / name, dict(ids=ids, SeriesNumber=number)
+        rest: dict
+        home, rest = Path(folder) / name, {"ids": ids, "SeriesNumber": number}
         if name == "capture":
             write_capture(home / "IM0001", **rest)
         elif name == "report":
             write_report(home / "IM0001", ids)
         elif name == "enhanced":
-            write_enhanced(home / "IM0001", head, bleeds, View(), **rest)
+            write_enhanced(home / "IM0001", head, bleeds, View(size=128 // shrink), **rest)
         elif name == "scout":
             tags = dict(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"], SOPInstanceUID=f"{uids[name]}.1", **rest)
             save_dataset(make_image(draw_scout(head), SeriesDescription="scout", **tags), home / "IM0001")
         else:
-            write_view(home, head, bleeds, SERIES[name][0], **rest, **SERIES[name][1])
+            view, tags = SERIES[name]
+            write_view(home, head, bleeds, view._replace(size=view.size // shrink), **rest, **tags)
     return uids

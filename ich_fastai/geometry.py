@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AIR', 'RAYS', 'REACH', 'SLAB_MM', 'find_body', 'Look', 'measure_noise', 'measure_look', 'find_turn', 'stand_upright',
-           'upright_position', 'Geometry', 'choose_field', 'cut_field', 'make_slabs']
+           'upright_position', 'Geometry', 'choose_field', 'cut_field', 'fit_slice', 'make_slabs', 'average_slabs']
 
 # %% ../nbs/14_geometry.ipynb #14-002
 import math
@@ -47,7 +47,7 @@ class Look(NamedTuple):
 # %% ../nbs/14_geometry.ipynb #14-009
 def measure_noise(hu: np.ndarray) -> float:  # (H, W) HU
     "Standard deviation in soft tissue, HU, by the median difference of neighbors; 0 where there is none."
-    x = hu.astype(np.float32)
+    x: np.ndarray = hu.astype(np.float32)
     soft = np.abs(cv2.blur(x, (5, 5)) - 40) < 35
     d = np.abs(np.diff(x, axis=1))[soft[:, 1:] & soft[:, :-1]]
     return float(np.median(d)) / 0.954 if d.size else 0.0  # 0.6745 * sqrt(2)
@@ -155,7 +155,23 @@ def cut_field(
         out[there[0], there[1]] = hu[here[0], here[1]]
     return out
 
-# %% ../nbs/14_geometry.ipynb #14-023
+# %% ../nbs/14_geometry.ipynb #14-022
+def fit_slice(
+    hu: np.ndarray,  # (H, W) HU
+    spacing: tuple[float, float],  # mm between rows and between columns
+    center: tuple[float, float],  # mm of the head, from the top and from the left; NaN: the image's
+    head: float,  # mm, the longer side of the head; NaN where unknown
+    geometry: Geometry | None,  # of the training
+) -> tuple[np.ndarray, str]:  # HU, `hu` itself where nothing is to do; what was done
+    "A slice in the training's field of view."
+    sides = hu.shape[0] * spacing[0], hu.shape[1] * spacing[1]
+    field = choose_field(sides, 0.0 if math.isnan(head) else head, geometry)
+    if field is None:
+        return hu, ""
+    top, left = (side / 2 if math.isnan(c) else c for c, side in zip(center, sides, strict=True))
+    return cut_field(hu, spacing, (top, left), field), f"field of {max(sides):.0f} mm brought to {field:.0f}"
+
+# %% ../nbs/14_geometry.ipynb #14-025
 SLAB_MM = 5.0  # mm, the thickest slices usual for head CT
 
 
@@ -175,3 +191,13 @@ def make_slabs(
         slab = np.minimum((z - z[0] + gap / 2) * n // (z[-1] - z[0] + gap), n - 1).astype(int)
         slab, gap = np.unique(slab, return_inverse=True)[1], (z[-1] - z[0] + gap) / n
     return slab, max(1, round(usual / gap))
+
+# %% ../nbs/14_geometry.ipynb #14-027
+def average_slabs(
+    hu: np.ndarray,  # (n, H, W) int16 HU
+    slab: np.ndarray,  # (n,) int from 0 on, sorted
+) -> np.ndarray:  # (m, H, W) int16 HU; `hu` itself where no slab holds two
+    "The mean of each slab's slices."
+    if len(set(slab.tolist())) == len(hu):
+        return hu
+    return np.stack([np.rint(hu[slab == k].mean(0, dtype=np.float32)).astype(np.int16) for k in np.unique(slab)])

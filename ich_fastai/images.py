@@ -13,12 +13,12 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from .core import Helper, InputError
-from .dicom import MAX_BYTES, DicomError, _convert, _read_dataset, open_file
+from .core import MAX_BYTES, DicomError, Helper, InputError, open_file
+from .dicom import _convert, _read_dataset
 from .cache import DECODE_BYTES, DECODE_SECONDS, printable
 from .geometry import upright_position
 
@@ -65,7 +65,7 @@ def read_directory(path: Path) -> list[Source]:  # a DICOMDIR
         raise InputError(f"{path}: a DICOMDIR that cannot be read; give its folder instead") from e
     return [Source(str(path.parent / name), path.parent / name) for name in names]
 
-# %% ../nbs/15_images.ipynb #15-009
+# %% ../nbs/15_images.ipynb #15-010
 def list_sources(
     inputs: str | Path | Sequence[str | Path],  # a file, a folder, a zip, a DICOMDIR, or several
     scratch: str | Path,  # a folder to unpack into
@@ -93,11 +93,25 @@ def list_sources(
     root = os.path.commonpath([os.path.dirname(name) for name in whole])
     return [Source(printable(os.path.relpath(name, root)), s.path) for name, s in zip(whole, sources, strict=True)]
 
-# %% ../nbs/15_images.ipynb #15-012
-TEXT = ("SOPClassUID", "SOPInstanceUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "ImageType", "Modality")
+# %% ../nbs/15_images.ipynb #15-013
+TEXT: tuple[str, ...] = (
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "PatientID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "ImageType",
+    "Modality",
+)
 TEXT += ("SeriesDescription", "ConvolutionKernel", "ContrastBolusAgent", "RescaleType", "BurnedInAnnotation")
 TEXT += ("PatientPosition", "AcquisitionNumber", "TemporalPositionIdentifier", "AcquisitionTime", "ContentTime")
-NUMBERS = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceLocation", "SliceThickness")
+NUMBERS: tuple[str, ...] = (
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "SliceLocation",
+    "SliceThickness",
+)
 NUMBERS += ("InstanceNumber", "SeriesNumber", "Rows", "Columns", "NumberOfFrames")
 
 
@@ -117,8 +131,15 @@ def read_tags(data: bytes | memoryview) -> dict | list[bytes]:  # a DICOM file
         tags[keyword] = tags[keyword] or ("" if keyword in TEXT else ())
     return tags | {"pixels": "PixelData" in dataset}
 
-# %% ../nbs/15_images.ipynb #15-013
-_COPIED = ("SOPInstanceUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SeriesDescription", "SeriesNumber")
+# %% ../nbs/15_images.ipynb #15-014
+_COPIED: tuple[str, ...] = (
+    "SOPInstanceUID",
+    "PatientID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "SeriesDescription",
+    "SeriesNumber",
+)
 _COPIED += ("Modality", "PatientPosition", "ImageType", "SamplesPerPixel", "PhotometricInterpretation", "Rows")
 _COPIED += ("Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "BurnedInAnnotation")
 _COPIED += ("ContrastBolusAgent", "AcquisitionNumber", "PixelPaddingValue", "PixelPaddingRangeLimit")
@@ -133,7 +154,7 @@ _NEW |= {"FrameAcquisitionNumber": "AcquisitionNumber"}
 def _copy_groups(ds, groups: list) -> None:  # a dataset; its frame's functional groups, then the shared ones
     "Put what the functional groups say of a frame where a single slice has it."
     for sequence, keywords in _GROUPS.items():
-        item = next((g[sequence][0] for g in groups if sequence in g and len(g[sequence].value)), {})
+        item: Any = next((g[sequence][0] for g in groups if sequence in g and len(g[sequence].value)), {})
         for keyword in keywords.split():
             if keyword in item:
                 value = item[keyword].value
@@ -167,25 +188,25 @@ def split_frames(dataset) -> list[bytes]:  # an enhanced CT of pydicom
             files.append(out.getvalue())
     return files
 
-# %% ../nbs/15_images.ipynb #15-016
+# %% ../nbs/15_images.ipynb #15-017
 CT_CLASSES = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.2.1": "enhanced CT"}  # PS3.4, table B.5-1
 CT_CLASSES |= {"1.2.840.10008.5.1.4.1.1.2.2": "legacy converted enhanced CT"}
 NO_SLICE = {"LOCALIZER": "a localizer", "SCOUT": "a localizer", "SCREEN": "a screen save", "DOSE": "a dose report"}
 NO_SLICE |= {"MIP": "a projection", "MINIP": "a projection", "PROJECTION": "a projection", "RENDERED": "a rendering"}
 NO_SLICE |= {"RENDERING": "a rendering", "VRT": "a rendering", "3D": "a rendering", "PRESENTATION": "a picture"}
-NO_HU = ("IODINE", "Z_EFF", "ZEFF", "EFFECTIVE", "PERFUSION", "CBF", "CBV", "MTT", "TTP", "TMAX", "DENSITY", "MATERIAL")
+NO_HU = ("IODINE", "ZEFF", "EFFECTIVE", "PERFUSION", "CBF", "CBV", "MTT", "TTP", "TMAX", "DENSITY", "MATERIAL")
 
 
 def words(text: str) -> set[str]:
-    "The words of a tag, in capitals."
+    "The words of a tag, in capitals, joined where an underscore parts them."
     return set("".join(c if c.isalnum() else " " for c in text.replace("_", "").upper()).split())
 
-
+# %% ../nbs/15_images.ipynb #15-019
 def refuse_image(tags: dict) -> str:  # of `read_tags`
     "Why an image is no slice in HU; empty where nothing speaks against it."
     from pydicom.uid import UID
 
-    said = words(tags["ImageType"].replace("Z_EFF", "ZEFF"))
+    said = words(tags["ImageType"])
     kinds = [what for word, what in NO_SLICE.items() if word in said]
     if tags["SOPClassUID"] and tags["SOPClassUID"] not in CT_CLASSES:
         return f"no CT image: {UID(tags['SOPClassUID']).name}"
@@ -203,7 +224,7 @@ def refuse_image(tags: dict) -> str:  # of `read_tags`
         return "text burned into the image: BurnedInAnnotation is YES"
     return ""
 
-# %% ../nbs/15_images.ipynb #15-018
+# %% ../nbs/15_images.ipynb #15-021
 def _read_source(source: Source, helper: Helper) -> dict | list[bytes]:
     "What `read_tags` gives of a file, in the helper process; `error` where nothing can be read."
     try:

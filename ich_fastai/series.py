@@ -6,7 +6,7 @@
 __all__ = ['TIMES', 'MIN_SLICES', 'MIN_MM', 'MAX_TILT', 'MAX_NOISE', 'MAX_BRIGHT', 'SHARP', 'CONTRAST', 'PLAIN', 'name_studies',
            'group_series', 'find_outliers', 'split_times', 'order_images', 'refuse_place', 'Sight', 'read_upright',
            'look_at', 'refuse_sight', 'describe_series', 'tabulate_series', 'choose_series', 'show_text',
-           'format_series', 'Survey', 'survey_files']
+           'format_series', 'Survey', 'survey_files', 'Stack', 'read_series']
 
 # %% ../nbs/30_series.ipynb #30-002
 import math
@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .core import InputError
-from .dicom import DicomError
-from .cache import Decoder, printable, read_into
-from .geometry import Geometry, Look, find_turn, measure_look, stand_upright
+from .core import DicomError, InputError
+from .cache import Decoder, printable, read_into, resize_slice
+from .geometry import Geometry, Look, average_slabs, find_turn, fit_slice, make_slabs, measure_look
+from .geometry import stand_upright
 from .images import list_sources, read_images, words
 
 # %% ../nbs/30_series.ipynb #30-007
@@ -279,7 +279,7 @@ def choose_series(
     best = rank.drop_duplicates("study").index
     table.loc[best, "used"] = True
     for i in rank.index.difference(best):
-        table.loc[i, "reason"] = "usable; another series is nearer to the training's"
+        table.loc[i, "reason"] = "usable; another series comes first"
     return table
 
 # %% ../nbs/30_series.ipynb #30-032
@@ -339,3 +339,42 @@ def survey_files(
     images["study"] = name_studies(images)
     images["series"] = group_series(images)
     return Survey(images, choose_series(tabulate_series(images), geometry, wanted, every))
+
+# %% ../nbs/30_series.ipynb #30-037
+class Stack(NamedTuple):
+    "A series as the network sees it."
+
+    hu: np.ndarray  # (m, size, size) int16 HU, slices or slabs in order
+    slab: np.ndarray  # (n,) int: where each image is in `hu`; -1 for one that cannot be read
+    step: int  # how many slabs away a neighbor is; 0 where there is no order
+    errors: dict  # index of an image: why it cannot be read
+    notes: list[str]  # what was done to the slices
+
+# %% ../nbs/30_series.ipynb #30-038
+def read_series(
+    images: pd.DataFrame,  # of a survey, those of the series in order
+    about,  # its row of the survey's table, as a named tuple
+    size: int,  # px, of the cache that the model was trained on
+    geometry: Geometry | None,  # of the training; None: slices as they are
+) -> Stack:
+    "The slices of a series, upright, in the training's field of view, thin ones averaged."
+    hu: np.ndarray = np.empty((len(images), size, size), np.int16)
+    errors, good, notes = {}, list[int](), set[str]()
+    with Decoder() as decoder:
+        for k, image in enumerate(images.itertuples()):
+            try:
+                pixels, note = fit_slice(*read_upright(image, decoder), (about.top, about.left), about.side, geometry)
+            except DicomError as e:
+                errors[image.Index] = printable(str(e))
+                continue
+            hu[k] = resize_slice(np.ascontiguousarray(pixels), size)
+            good.append(k)
+            notes |= {note} - {""}
+    slab: np.ndarray = np.full(len(images), -1)
+    z, step = images["z_mm"].to_numpy(float)[good], 1
+    slab[good] = np.arange(len(good))
+    if len(z) and np.isfinite(z).all():
+        slab[good], step = make_slabs(z, geometry)
+    stack = average_slabs(hu[good], slab[good])
+    thin = [f"{len(good)} thin slices averaged to {len(stack)}"] if len(stack) < len(good) else []
+    return Stack(stack, slab, step if about.ordered else 0, errors, [*sorted(notes)[:1], *thin])

@@ -38,8 +38,7 @@ from .labels import LABELS, LOGITS, SUBTYPES
 from .cache import read_size
 from .cohort import training_rows
 from .batches import Settings, find_place, slice_loaders
-from .model import build_model, loss_weights, make_card, make_loss, measure_geometry, save_model
-from .model import share_norms
+from .model import build_model, loss_weights, make_card, make_loss, read_geometry, save_model, share_norms
 
 # %% ../nbs/12_train.ipynb #12-007
 def split_decay(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:  # weights of layers; norms and biases
@@ -273,14 +272,6 @@ def fit_fold(
     return Fold(learner.model, predictions, pd.DataFrame(journal.history).assign(fold=fold), facts)
 
 # %% ../nbs/12_train.ipynb #12-043
-def _geometry(run_dir: Path, cohort: pd.DataFrame) -> dict | None:
-    "The millimeters of the cohort's slices, for model.json; None where slices.parquet is not there."
-    if not (run_dir / "slices.parquet").is_file():
-        return None
-    slices = read_stage(run_dir, "slices.parquet")
-    return measure_geometry(slices[slices["SOPInstanceUID"].isin(cohort["SOPInstanceUID"])])
-
-# %% ../nbs/12_train.ipynb #12-044
 def fit(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,
@@ -300,14 +291,14 @@ def fit(
     done = [fit_fold(cohort, cache_dir, fold, settings, checkpoints, progress) for fold in folds]
     predictions = pd.concat([fold.predictions for fold in done], ignore_index=True)
     if find_place().rank == 0:
-        card = make_card(settings, read_size(cache_dir), [fold.facts for fold in done], _geometry(run_dir, cohort))
+        card = make_card(settings, read_size(cache_dir), [f.facts for f in done], read_geometry(run_dir, cohort))
         save_model(done[0].network, card, out / "model")
         save_table(pd.concat([fold.history for fold in done]), out / "model" / "history.csv")
         save_table(predictions, out / "predictions.parquet")
         shutil.rmtree(checkpoints, ignore_errors=True)
     return predictions
 
-# %% ../nbs/12_train.ipynb #12-046
+# %% ../nbs/12_train.ipynb #12-045
 def plot_history(
     histories: dict[str, pd.DataFrame],  # arm: history.csv
 ):  # matplotlib Figure
@@ -327,7 +318,7 @@ def plot_history(
     fig.legend(loc="outside lower center", ncols=2)
     return fig
 
-# %% ../nbs/12_train.ipynb #12-048
+# %% ../nbs/12_train.ipynb #12-047
 def train_arms(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,
