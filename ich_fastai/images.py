@@ -40,7 +40,7 @@ def unpack_zip(path: Path, scratch: Path) -> Iterator[Source]:  # a zip; a folde
             members = [m for m in packed.infolist() if not m.is_dir() and not os.path.basename(m.filename)[:1] == "."]
             if len(members) > MAX_MEMBERS:
                 raise InputError(f"{path}: {len(members):,} files in it; unpack it and give the folder")
-            for member in members:
+            for member in sorted(members, key=lambda m: m.filename):
                 handle, to = tempfile.mkstemp(dir=scratch)
                 with packed.open(member) as file, open(handle, "wb") as out:
                     out.write(file.read(16 * MAX_BYTES))
@@ -229,7 +229,10 @@ def _read_source(source: Source, helper: Helper) -> dict | list[bytes]:
     "What `read_tags` gives of a file, in the helper process; `error` where nothing can be read."
     try:
         with open_file(source.path, 16 * MAX_BYTES) as (file, about):  # an enhanced file holds a series
-            data = b"".join(iter(lambda: file.read(about.st_size), b""))
+            data = file.read(132)
+            if about.st_size > MAX_BYTES and data[128:] != b"DICM":
+                raise DicomError(f"file too large: {about.st_size} bytes")
+            data += b"".join(iter(lambda: file.read(about.st_size), b""))
         tags = helper(data, DECODE_SECONDS)
         return tags if isinstance(tags, list) else tags | {"error": refuse_image(tags)}
     except DicomError as e:

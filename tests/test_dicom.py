@@ -51,19 +51,7 @@ def test_the_walker_reads_what_rsna_has_and_leaves_the_rest():
         "private",
         "several slopes",
     } <= taken
-    assert (
-        not {
-            "8 bits",
-            "32 bits",
-            "umlaut",
-            "two patients",
-            "padding after",
-            "pixels as OB",
-            "too long",
-            "high bit 11 of 16",
-        }
-        & taken
-    )
+    assert not {"8 bits", "32 bits", "umlaut", "two patients", "padding after", "pixels as OB", "too long"} & taken
 
 
 def test_the_46_real_slices_equal_simpleitk_to_the_last_unit(real_data):
