@@ -132,7 +132,7 @@ def read_header(
 # %% ../nbs/02_dicom.ipynb #02-027
 def find_rescale(header: Header) -> tuple[float, float]:  # slope and intercept
     "RescaleSlope and RescaleIntercept, the first of several. Raises `DicomError` where they give no HU."
-    if header.RescaleType.upper() not in ("", "HU"):
+    if header.RescaleType.upper() not in ("", "HU", "US"):  # US: unspecified, as GDCM writes it
         raise DicomError(f"not in HU: RescaleType is {header.RescaleType}")
     for keyword in ("RescaleSlope", "RescaleIntercept"):
         values = getattr(header, keyword)

@@ -216,7 +216,7 @@ def refuse_image(tags: dict) -> str:  # of `read_tags`
         return "no pixel data"
     if kinds:
         return f"{kinds[0]}: ImageType is {tags['ImageType']}"
-    if tags["RescaleType"].upper() not in ("", "HU"):
+    if tags["RescaleType"].upper() not in ("", "HU", "US"):
         return f"not in HU: RescaleType is {tags['RescaleType']}"
     if said & set(NO_HU):
         return f"not in HU: ImageType is {tags['ImageType']}"
