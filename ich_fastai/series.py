@@ -45,7 +45,8 @@ def name_studies(images: pd.DataFrame) -> pd.Series:  # of `read_images`; str
 def group_series(images: pd.DataFrame) -> pd.Series:  # with `study`; int, from 0 on
     "A number for each image's series."
     loose = images["SeriesInstanceUID"].eq("")
-    size = [f"{r}{c}{[round(v, 1) for v in o]}" for r, c, o in zip(*(images[k] for k in ("Rows", "Columns", "ImageOrientationPatient")), strict=True)]  # fmt: skip  # noqa: E501
+    parts = (images[name] for name in ("Rows", "Columns", "ImageOrientationPatient"))
+    size = [f"{r}{c}{[round(v, 1) for v in o]}" for r, c, o in zip(*parts, strict=True)]
     shared = images["folder"] + "|" + images["SeriesDescription"] + "|" + images["ConvolutionKernel"] + "|" + size
     key = images["study"] + "|" + images["SeriesInstanceUID"].where(~loose, shared)
     key = key.mask(_is_other(images), images["error"])
@@ -65,7 +66,8 @@ def find_outliers(series: pd.DataFrame) -> pd.Series:  # the usable images of a 
     if placed.mean() > 0.5:
         why[~placed & lying] = "no position, where the others of its series have one"
     seen: dict = {}
-    for i, uid, z, number in zip(series.index, series["SOPInstanceUID"], series["z_mm"], series["InstanceNumber"], strict=True):  # fmt: skip  # noqa: E501
+    parts = (series[name] for name in ("SOPInstanceUID", "z_mm", "InstanceNumber"))
+    for i, uid, z, number in zip(series.index, *parts, strict=True):
         first = seen.setdefault((uid, round(z, 2) if z == z else None, number), i) if uid else i
         if first != i:
             why[i] = f"duplicate: same SOPInstanceUID as {series.loc[first, 'file']}"
@@ -112,7 +114,7 @@ def order_images(series: pd.DataFrame) -> tuple[pd.DataFrame, str, bool]:  # the
 
 # %% ../nbs/30_series.ipynb #30-017
 MIN_SLICES, MIN_MM, MAX_TILT = 8, 80.0, 35.0  # positions; mm; degrees from axial: gantries tilt up to 30
-MAX_NOISE, MAX_BRIGHT = 12.0, 0.06  # HU, at 5 mm thickness; share of the inner skull
+MAX_NOISE, MAX_BRIGHT = 12.0, 0.04  # HU, at 5 mm thickness; share of the inner skull
 SHARP = re.compile(
     r"BONE|EDGE|LUNG|SHARP|KNOCHEN|\bOSS?E?A?\b|^FC([3-5]|8)\d|^[A-Z]{1,2}([67]\d|8\d|9\d)|^(YC|YD|YE|E|D)$"
 )
@@ -145,6 +147,7 @@ class Sight(NamedTuple):
     top: float = math.nan  # mm, the head's middle from the image's top and left, and its longer side
     left: float = math.nan
     side: float = math.nan
+    cut: float = 0.0  # share of these in which the head reaches the image's border
     why: str = ""  # the first slice that could not be read: its reason
 
 # %% ../nbs/30_series.ipynb #30-020
@@ -182,7 +185,7 @@ def look_at(
     left, right, top, bottom = x.min(), (x + w).max(), y.min(), (y + h).max()
     middle = (float(top + bottom) / 2, float(left + right) / 2, float(max(right - left, bottom - top)))
     noise, bright = (float(np.median([getattr(look, name) for look in seen])) for name in ("noise", "bright"))
-    return Sight(len(seen) / len(looks), noise, bright, *middle, why)
+    return Sight(len(seen) / len(looks), noise, bright, *middle, float(np.mean([look.cut for look in seen])), why)
 
 # %% ../nbs/30_series.ipynb #30-023
 def refuse_sight(series: pd.DataFrame, sight: Sight, thickness: float) -> str:  # ordered images; mm, or NaN
@@ -224,6 +227,7 @@ def describe_series(series: pd.DataFrame, decoder: Decoder) -> dict:  # usable i
     notes = [note] if note else []
     if len(gaps) and gaps.max() > 1.9 * gap:
         notes.append(f"a gap of {gaps.max():.0f} mm: slices are missing")
+    notes += ["the image's border cuts the head"] if sight.cut >= 0.5 else []
     made = "SECONDARY" in words(first["ImageType"])
     row = {
         "slices": len(series),

@@ -11,8 +11,8 @@ from dicom_files import HEAD, make_file
 from ich_fastai.bleeding import draw_bleed
 from ich_fastai.core import InputError
 from ich_fastai.dicom import DicomError, read_slice
-from ich_fastai.exports import SERIES, View, save_dataset, write_export, write_view
-from ich_fastai.geometry import Geometry, measure_noise
+from ich_fastai.exports import SERIES, View, draw_view, save_dataset, write_export, write_view
+from ich_fastai.geometry import Geometry, measure_look, measure_noise
 from ich_fastai.head import draw_head, make_rng
 from ich_fastai.series import format_series, read_series, survey_files
 
@@ -311,3 +311,20 @@ def test_real_cq500_slices_show_heads(real_data, tmp_path):
     series, other = series[series["used"]], series[~series["used"]]
     assert (series["heads"] == 1).all() and series["thickness_mm"].tolist() == [0.625, 5.0]
     assert other["reason"].str.startswith("not a DICOM file").all()
+
+
+def test_a_head_in_a_corner_is_measured_the_same_each_time(head):
+    "Rays that leave the image end in air, not in what memory held."
+    hu = draw_view(*head, View(size=64, noise=0.0), 8, make_rng(0))
+    looks = []
+    for fill in (-1000, 3000):
+        np.full(180 * 120, fill, np.float32)  # what a new array may get
+        looks.append(measure_look(hu, (3.75, 3.75)))
+    assert looks[0] == looks[1] and looks[0].ring > 0.9
+
+
+def test_a_head_beyond_the_border_is_said(head, tmp_path):
+    ids = {"PatientID": "P", "StudyInstanceUID": "1", "SeriesInstanceUID": "1.1"}
+    write_view(tmp_path / "x", *head, View(field=150.0, size=64), ids)
+    series = survey_files(tmp_path / "x", tmp_path, TRAINING).series
+    assert series["used"].tolist() == [True] and "border cuts the head" in series["notes"][0]
