@@ -23,6 +23,7 @@ from fastcore.script import call_parse, store_true
 
 from .core import InputError, data_note, read_stage, save_captioned, save_table
 from .labels import LABELS, LABEL_COLORS, LOGITS, find_dataset
+from .cache import Decoder
 from .batches import resize_hu, to_input
 from .model import Model, load_model
 from .geometry import Geometry
@@ -124,18 +125,19 @@ def predict_survey(
     "A row per image, with the probabilities of those in the series that are used."
     geometry, found = find_geometry(model.card), [pd.DataFrame(columns=LOGITS, dtype=np.float64)]
     error = survey.images["error"].copy()
-    for row in survey.series.itertuples():
-        if not row.used:
-            unused = error.loc[row.images]
-            error.loc[row.images] = unused.where(unused.ne(""), f"series not used: {row.reason}")
-            continue
-        stack = read_series(survey.images.loc[row.images], row, model.card["cache_size"], geometry)
-        for i, why in stack.errors.items():
-            error.loc[i] = why
-        survey.series.at[row.Index, "notes"] = "; ".join(filter(None, [row.notes, *stack.notes]))
-        logits = predict_logits(model, stack.hu, find_inputs(len(stack.hu), model.settings.neighbors, stack.step))
-        here = stack.slab >= 0
-        found.append(pd.DataFrame(logits[stack.slab[here]], row.images[here], LOGITS))
+    with Decoder() as decoder:
+        for row in survey.series.itertuples():
+            if not row.used:
+                unused = error.loc[row.images]
+                error.loc[row.images] = unused.where(unused.ne(""), f"series not used: {row.reason}")
+                continue
+            stack = read_series(survey.images.loc[row.images], row, model.card["cache_size"], geometry, decoder)
+            for i, why in stack.errors.items():
+                error.loc[i] = why
+            survey.series.at[row.Index, "notes"] = "; ".join(filter(None, [row.notes, *stack.notes]))
+            logits = predict_logits(model, stack.hu, find_inputs(len(stack.hu), model.settings.neighbors, stack.step))
+            here = stack.slab >= 0
+            found.append(pd.DataFrame(logits[stack.slab[here]], row.images[here], LOGITS))
     logits = pd.concat(found[1:] or found)
     answers = decide(logits.to_numpy(np.float64), model.card).set_index(logits.index).join(logits)
     return tabulate_answers(survey, answers, error)

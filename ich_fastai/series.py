@@ -368,20 +368,20 @@ def read_series(
     about,  # its row of the survey's table, as a named tuple
     size: int,  # px, of the cache that the model was trained on
     geometry: Geometry | None,  # of the training; None: slices as they are
+    decoder: Decoder,
 ) -> Stack:
     "The slices of a series, upright, in the training's field of view, thin ones averaged."
     hu: np.ndarray = np.empty((len(images), size, size), np.int16)
     errors, good, notes = {}, list[int](), set[str]()
-    with Decoder() as decoder:
-        for k, image in enumerate(images.itertuples()):
-            try:
-                pixels, note = fit_slice(*read_upright(image, decoder), (about.top, about.left), about.side, geometry)
-            except DicomError as e:
-                errors[image.Index] = printable(str(e))
-                continue
-            hu[k] = resize_slice(np.ascontiguousarray(pixels), size)
-            good.append(k)
-            notes |= {note} - {""}
+    for k, image in enumerate(images.itertuples()):
+        try:
+            pixels, note = fit_slice(*read_upright(image, decoder), (about.top, about.left), about.side, geometry)
+        except DicomError as e:
+            errors[image.Index] = printable(str(e))
+            continue
+        hu[k] = resize_slice(np.ascontiguousarray(pixels), size)
+        good.append(k)
+        notes |= {note} - {""}
     slab: np.ndarray = np.full(len(images), -1)
     z, step = images["z_mm"].to_numpy(float)[good], 1
     slab[good] = np.arange(len(good))

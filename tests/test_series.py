@@ -9,6 +9,7 @@ import pytest
 from dicom_files import HEAD, make_file
 
 from ich_fastai.bleeding import draw_bleed
+from ich_fastai.cache import Decoder
 from ich_fastai.core import InputError
 from ich_fastai.dicom import DicomError, read_slice
 from ich_fastai.exports import SERIES, View, draw_view, save_dataset, write_export, write_view
@@ -66,10 +67,11 @@ def test_the_table_fits_a_screen(survey):
     assert max(map(len, screen.splitlines())) <= 80 and screen.count("\n*") == 1
 
 
-def pixels_of(folder, scratch, name="", size=64):
+def pixels_of(folder, scratch, size=64):
     survey = survey_files(folder, scratch, TRAINING)
     row = next(survey.series[survey.series["used"]].itertuples())
-    return read_series(survey.images.loc[row.images], row, size, TRAINING)
+    with Decoder() as decoder:
+        return read_series(survey.images.loc[row.images], row, size, TRAINING, decoder)
 
 
 def brain_difference(a, b):
