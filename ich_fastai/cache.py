@@ -23,9 +23,8 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow.parquet import write_table
 
-from .core import Helper, InputError, printable, save_json, write_file
-from .dicom import DicomError, Header, SliceRecord
-from .dicom import brain_fraction, check_header, convert_slice, open_file, read_slice, rescale
+from .core import DicomError, Helper, InputError, open_file, printable, save_json, write_file
+from .dicom import Header, SliceRecord, brain_fraction, check_header, convert_slice, read_slice, rescale
 
 # %% ../nbs/07_cache.ipynb #07-007
 _TABLE = """
@@ -36,6 +35,7 @@ _TABLE = """
 00280030 DS PixelSpacing          00280100 US BitsAllocated              00280101 US BitsStored
 00280102 US HighBit               00280103 US PixelRepresentation        00281052 DS RescaleIntercept
 00281053 DS RescaleSlope          00283000 SQ ModalityLUTSequence        7FE00010 OW PixelData
+00281054 LO RescaleType           00280120 US PixelPaddingValue          00280121 US PixelPaddingRangeLimit
 00020010 UI TransferSyntaxUID
 """  # DICOM PS3.6
 TAGS = {
@@ -71,7 +71,9 @@ def find_elements(
         elif vr not in _SHORT:
             return None
         keyword, usual = TAGS.get(tag, ("", vr))
-        if tag <= last or pos + length > end or vr not in (usual, b""):  # out of order, a wrong length, another type
+        if tag <= last or pos + length > end:  # out of order, a wrong length
+            return None
+        if vr not in (usual, b"") and not (vr == b"SS" and keyword.startswith("PixelPadding")):  # another type
             return None
         found[keyword] = slice(pos, pos + length)
         pos, last = pos + length, tag
@@ -115,6 +117,7 @@ def walk_header(
         values = {k: parse_value(bytes(data[found[k]]), vr) for k, vr in TAGS.values() if k in found}
     except (ValueError, struct.error):
         return None
+    values |= {k: (float(v),) for k, v in values.items() if k.startswith("PixelPadding") and v is not None}
     header = Header(**{k: v for k, v in values.items() if v is not None})
     plain = header.BitsAllocated == 16 and header.HighBit == header.BitsStored - 1 and header.PhotometricInterpretation
     size = 2 * header.Rows * header.Columns
@@ -215,7 +218,7 @@ class Decoder(Helper):
         except (EOFError, OSError) as e:
             raise DicomError("cannot be decoded: the decoder crashed") from e
         except Exception as e:  # whatever a broken file makes the decoder raise
-            raise DicomError(f"cannot be decoded: {type(e).__name__}: {e}"[:200]) from e
+            raise DicomError(f"cannot be decoded: {type(e).__name__}: {e}"[:1000]) from e
 
 # %% ../nbs/07_cache.ipynb #07-035
 def resize_slice(
@@ -240,6 +243,8 @@ def read_row(
         data, about = read_into(path, buffer)
         row |= {"bytes": about.st_size, "modified_ns": about.st_mtime_ns}
         hu, record = decoder.read(data)
+        if not record.SOPInstanceUID:
+            raise DicomError("no SOPInstanceUID")
         return resize_slice(hu, size), row | record._asdict()
     except DicomError as e:
         return None, row | {"error": printable(str(e))}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'loss_weights', 'make_loss', 'Packaged', 'read_packaged', 'can_reach_hub', 'build_model', 'share_norms',
-           'make_card', 'Model', 'save_model', 'load_model', 'predict_logits']
+           'measure_geometry', 'read_geometry', 'make_card', 'Model', 'save_model', 'load_model', 'predict_logits']
 
 # %% ../nbs/11_model.ipynb #11-003
 import hashlib
@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from fastai.losses import BCEWithLogitsLossFlat
 
-from .core import InputError, save_json, write_file
+from .core import InputError, read_stage, save_json, write_file
 from .labels import LABELS, class_weights
 from .batches import Settings, resize_hu, to_input
 
@@ -227,18 +227,44 @@ def share_norms(
     return network
 
 # %% ../nbs/11_model.ipynb #11-037
+def measure_geometry(
+    slices: pd.DataFrame,  # rows of slices.parquet, those of the training
+) -> dict | None:  # field_mm and spacing_mm, each a low end, the median and a high end; None where unknown
+    "What the network's slices were in millimeters: side of the square ones, and from slice to slice of a series."
+    square = slices[slices["rows"].eq(slices["columns"])]
+    field = (square["rows"] * square["pixel_spacing_row_mm"]).dropna().astype(float)
+    z = slices.dropna(subset=["z_mm"]).sort_values("z_mm").groupby("SeriesInstanceUID", dropna=False)["z_mm"]
+    spacing = z.apply(lambda v: v.diff()[lambda d: d > 0.01].median()).dropna().astype(float)
+    if field.empty or spacing.empty:
+        return None
+    ends = {"field_mm": field.quantile([0.01, 0.5, 0.99]), "spacing_mm": spacing.quantile([0.05, 0.5, 0.95])}
+    return {name: [round(v, 3) for v in values] for name, values in ends.items()}
+
+# %% ../nbs/11_model.ipynb #11-039
+def read_geometry(
+    run_dir: str | Path,  # with slices.parquet
+    cohort: pd.DataFrame,  # SOPInstanceUID
+) -> dict | None:
+    "What `measure_geometry` says of the cohort's slices; None where slices.parquet is not there."
+    if not (Path(run_dir) / "slices.parquet").is_file():
+        return None
+    slices = read_stage(run_dir, "slices.parquet")
+    return measure_geometry(slices[slices["SOPInstanceUID"].isin(cohort["SOPInstanceUID"])])
+
+# %% ../nbs/11_model.ipynb #11-040
 def make_card(
     settings: Settings,
     cache_size: int,  # px
     folds: list[dict],  # of each fold: its number, slices, positives, keep_rate, images_seen, loss_weights
+    geometry: dict | None = None,  # of `measure_geometry`
 ) -> dict:
     "What model.json holds of a network that was just trained."
     card = {"settings": asdict(settings), "n_in": settings.n_in, "labels": list(LABELS), "cache_size": cache_size}
-    card |= {"normalization": "each window to -1 ... 1", "training": {"folds": folds}}
+    card |= {"normalization": "each window to -1 ... 1", "training": {"folds": folds}, "geometry": geometry}
     versions = {p: importlib.metadata.version(p) for p in ("torch", "fastai", "timm")}
     return card | {"corrections": {}, "thresholds": {}, "versions": versions}
 
-# %% ../nbs/11_model.ipynb #11-039
+# %% ../nbs/11_model.ipynb #11-042
 def _find_device(name: str | None) -> torch.device:
     "The device of this name; CUDA where there is one by default."
     try:
@@ -246,7 +272,7 @@ def _find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as e:  # the latter from a torch without CUDA
         raise InputError(f"device={name}: not to be had here: {str(e).splitlines()[0][:120]}") from e
 
-# %% ../nbs/11_model.ipynb #11-041
+# %% ../nbs/11_model.ipynb #11-044
 class Model(NamedTuple):
     "A trained network, ready to use."
 
@@ -255,7 +281,7 @@ class Model(NamedTuple):
     card: dict  # model.json
     device: torch.device  # where it runs
 
-# %% ../nbs/11_model.ipynb #11-042
+# %% ../nbs/11_model.ipynb #11-045
 def save_model(
     network: torch.nn.Module,  # the trained one
     card: dict,  # of `make_card`
@@ -268,7 +294,7 @@ def save_model(
     write_file(Path(folder) / "weights.safetensors", lambda p: save_file(state, p))
     save_json(card, Path(folder) / "model.json")
 
-# %% ../nbs/11_model.ipynb #11-043
+# %% ../nbs/11_model.ipynb #11-046
 def load_model(
     folder: str | Path,  # model/ of a run
     device: str | None = None,  # "cuda", "cpu"; CUDA where there is one by default
@@ -290,7 +316,7 @@ def load_model(
         raise InputError(f"{folder}: not a model of this version ({why}); train again with notebook 12") from e
     return Model(network.eval().to(where), settings, card, where)
 
-# %% ../nbs/11_model.ipynb #11-046
+# %% ../nbs/11_model.ipynb #11-049
 @torch.no_grad()
 def predict_logits(
     model: Model,

@@ -51,19 +51,7 @@ def test_the_walker_reads_what_rsna_has_and_leaves_the_rest():
         "private",
         "several slopes",
     } <= taken
-    assert (
-        not {
-            "8 bits",
-            "32 bits",
-            "umlaut",
-            "two patients",
-            "padding after",
-            "pixels as OB",
-            "too long",
-            "high bit 11 of 16",
-        }
-        & taken
-    )
+    assert not {"8 bits", "32 bits", "umlaut", "two patients", "padding after", "pixels as OB", "too long"} & taken
 
 
 def test_the_46_real_slices_equal_simpleitk_to_the_last_unit(real_data):
@@ -84,9 +72,9 @@ def test_the_46_real_slices_equal_simpleitk_to_the_last_unit(real_data):
 def test_cq500_equals_simpleitk(real_data):
     sitk = pytest.importorskip("SimpleITK")
     for path in sorted((real_data / "cq500").glob("*.dcm")):
-        np.testing.assert_array_equal(
-            read_slice(path)[0], sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0], err_msg=path.name
-        )
+        hu = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0]
+        assert (hu == -3024).any(), "padding: PixelPaddingValue is -2000, the intercept -1024"
+        np.testing.assert_array_equal(read_slice(path)[0], np.where(hu == -3024, -1000, hu), err_msg=path.name)
 
 
 def gdcm_encode(data, syntax, folder):

@@ -12,7 +12,15 @@ from ich_fastai.evaluate import evaluate
 from ich_fastai.core import InputError, read_stage
 from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.model import load_model
-from ich_fastai.predict import CALLS, SETS, decide, make_submission, predict_study, read_sample, summarize_studies
+from ich_fastai.cache import open_cache
+from ich_fastai.cohort import find_neighbors, input_addresses
+from ich_fastai.exports import write_export
+from ich_fastai.head import draw_head, make_rng
+from ich_fastai.labels import find_dataset
+from ich_fastai.model import measure_geometry
+from ich_fastai.predict import CALLS, SETS, decide, make_harmless, make_submission, predict_logits, predict_study
+from ich_fastai.predict import read_sample, summarize_studies
+from ich_fastai.tiny import tiny_phantom
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +64,7 @@ def test_each_file_is_a_row_that_can_be_told_apart(trained, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "good").write_bytes(make_file(SOPInstanceUID="ID_same"))
         (tmp_path / name / "bad").write_bytes(b"junk")
-    result = predict_study(load_model(trained / "model", "cpu"), tmp_path).set_index("file")
+    result = predict_study(load_model(trained / "model", "cpu"), tmp_path, all_series=True).set_index("file")
     assert sorted(result.index) == ["a/bad", "a/good", "b/bad", "b/good"]
     assert result["error"].isna().tolist() == result["any"].notna().tolist() and result["error"].isna().sum() == 1
     assert result.loc["b/good", "error"] == "duplicate: same SOPInstanceUID as a/good"
@@ -114,11 +122,19 @@ def test_the_command_writes_slices_studies_and_a_submission(trained, command, tm
         (tmp_path / "study" / uid).write_bytes(file)
     (tmp_path / "study" / "bad").write_bytes(b"junk")
     sample = write_sample(tmp_path / "sample.csv", ("ID_b", "ID_a"))
-    arguments = trained / "model", tmp_path / "study", tmp_path / "out.csv", "--device", "cpu", "--submission"
+    arguments = (
+        trained / "model",
+        tmp_path / "study",
+        tmp_path / "out.csv",
+        "--device",
+        "cpu",
+        "--all-series",
+        "--submission",
+    )
     done = command("ich-predict", *arguments, sample)
     assert done.returncode == 0, done.stderr[-2000:]
     *table, last = done.stdout.splitlines()
-    assert max(map(len, table)) <= 80 and last.startswith("3 files, 1 not usable")
+    assert max(map(len, table)) <= 80 and last.startswith("3 images, 1 not used")
     slices, studies, submission = (pd.read_csv(tmp_path / f"out{s}.csv") for s in ("", "-studies", "-submission"))
     assert slices[["call_any", *SETS]].isna().any(axis=1).tolist() == [False, False, True], "the last cannot be read"
     assert studies["slices"].to_list() == [2] and studies[SETS].isin(["present", "absent", "undecided"]).all(axis=None)
@@ -127,3 +143,62 @@ def test_the_command_writes_slices_studies_and_a_submission(trained, command, tm
     assert submission["Label"].to_numpy() == pytest.approx(of.to_numpy().ravel(), abs=1e-9)
     done = command("ich-predict", *arguments, tmp_path / "nowhere.csv")
     assert done.returncode == 1 and "not a sample submission" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    "A patient's export, and the patient's one right series."
+    folder, rng = tmp_path_factory.mktemp("export"), make_rng(5, 0)
+    names = ["thick", "noisy", "coronal", "contrast", "scout", "capture", "report"]
+    write_export(folder, draw_head(rng), [], names, shrink=2)
+    return folder
+
+
+def test_the_answer_is_that_of_the_right_series_alone(trained, export):
+    model = load_model(trained / "model", "cpu")
+    whole, alone = (predict_study(model, path) for path in (export, export / "thick"))
+    used = whole[whole["error"].isna()]
+    assert used["SeriesDescription"].unique().tolist() == ["thick"] and len(alone) == 16
+    pd.testing.assert_frame_equal(used[LOGITS].reset_index(drop=True), alone[LOGITS])
+    one, other = (summarize_studies(t, model.card)[list(LABELS)] for t in (whole, alone))
+    pd.testing.assert_frame_equal(one, other)
+    assert whole.loc[whole["SeriesDescription"].eq("noisy"), "error"].str.startswith("series not used: noise").all()
+
+
+def test_ordinary_series_have_the_logits_of_the_cache(trained, tmp_path):
+    model, rows = load_model(trained / "model", "cpu"), read_stage(trained, "slices.parquet")
+    rows = rows[rows["error"].isna() & rows["rows"].eq(rows["columns"])]
+    rows = rows[rows["SeriesInstanceUID"].eq(rows["SeriesInstanceUID"].iloc[0])]
+    card = model.card | {"geometry": measure_geometry(rows)}
+    dicom_dir = find_dataset(tiny_phantom()).dicom_dir
+    table = predict_study(model._replace(card=card), [dicom_dir / f for f in rows["file"]], all_series=True)
+    hu, near = open_cache(trained / "cache"), find_neighbors(rows).loc[table["SOPInstanceUID"]]
+    addresses = input_addresses(near, model.settings.neighbors)
+    batch = hu.gather(addresses.ravel())
+    logits = predict_logits(model, batch, np.arange(addresses.size).reshape(addresses.shape))
+    np.testing.assert_array_equal(table[LOGITS].to_numpy(), logits)
+
+
+def test_the_command_takes_several_inputs_and_spares_other_files(trained, export, command, tmp_path):
+    files, model = sorted((export / "thick").iterdir()), trained / "model"
+    done = command("ich-predict", model, *files, tmp_path / "a.csv", "--device", "cpu")
+    assert done.returncode == 0 and "* thick" in done.stdout, done.stderr[-2000:]
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    series = pd.read_csv(tmp_path / "a-series.csv")
+    assert series["used"].tolist() == [True] and series["SeriesDescription"].tolist() == ["thick"]
+    (tmp_path / "b.csv").write_text("mine,not yours\n")
+    for out, why in (("b.csv", "there is another file of that name"), ("in", "one that ends in .csv")):
+        done = command("ich-predict", model, files[0], "--out", tmp_path / out, "--device", "cpu")
+        assert done.returncode == 1 and why in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert (tmp_path / "b.csv").read_text() == "mine,not yours\n"
+    done = command("ich-predict", model, export / "coronal", tmp_path / "c.csv", "--device", "cpu")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "no usable series in 16 images, e.g. coronal: not axial" in last
+    assert not (tmp_path / "c.csv").exists() and "Traceback" not in done.stderr
+
+
+def test_text_of_a_file_does_no_harm():
+    table = pd.DataFrame({"a": ["=HYPERLINK(1)", "\x1b[31mred", None, "plain"], "z_mm": [-1.0, 2.0, 3.0, 4.0]})
+    got = make_harmless(table)
+    assert got["a"].tolist()[:2] == ["'=HYPERLINK(1)", r"\x1b[31mred"] and got["z_mm"].tolist() == [-1.0, 2, 3, 4]
+    assert got["a"].iloc[3] == "plain" and pd.isna(got["a"].iloc[2])
