@@ -82,10 +82,13 @@ def read_picture_labels(
     table = table.rename(columns={"patient": "PatientID"}).set_index("slice").rename_axis("SOPInstanceUID")
     unknown = [label for label in SUBTYPES if label not in table]
     table = table.assign(**dict.fromkeys(unknown, 0))[["PatientID", "number", *LABELS]]
-    wrong = table.isna().any(axis=1) | ~table[list(LABELS)].isin([0, 1]).all(axis=1) | table.index.duplicated()
+    wrong = (
+        table.isna().any(axis=1) | ~table[list(LABELS)].isin([0, 1]).all(axis=1) | table.index.duplicated(keep=False)
+    )
+    wrong |= (table["any"] == 0) & table[list(SUBTYPES)].any(axis=1)
     if wrong.any():
-        what = "a label that is not 0 or 1, a missing value, or a name that occurs twice"
-        raise InputError(f"{csv}: {wrong.sum()} rows with {what}: {name_some(table.index[wrong])}")
+        what = "a label that is not 0 or 1, a missing value, a name that occurs twice, or a subtype without any"
+        raise InputError(f"{csv}: {wrong.sum()} rows with {what}: {name_some(table.index[wrong].unique())}")
     return table.astype(dict.fromkeys(LABELS, "uint8")), unknown
 
 # %% ../nbs/26_external.ipynb #26-019
