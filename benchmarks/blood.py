@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ich_fastai.batches import Augment, Settings, SliceBatches, slice_loaders
-from ich_fastai.cache import open_cache, save_settings, shard_paths
+from ich_fastai.cache import SHARD_ROWS, open_cache, save_settings, shard_paths
 from ich_fastai.cohort import make_cohort
 from ich_fastai.core import read_stage, write_file
 from ich_fastai.dicom import DicomError, Window, read_slice
@@ -70,12 +70,32 @@ def prepare(options):
         export_phantom(data_dir, work / "pictures")
         import_pictures(work / "pictures", work / "loose" / "phantom", PictureSet(BURNED), n_folds=20)
         frame_heads(work / "loose" / "phantom", work / "phantom")
+        add_cupping(work / "phantom")
     if not (work / "real" / "cohort.parquet").is_file():
         import_pictures(options.real / "phe_sich", work / "loose" / "real", PICTURE_SETS["phe_sich"])
         frame_heads(work / "loose" / "real", work / "real")
     make_cohort(work / "real", n_folds=options.folds)
     if not (work / "painted" / "cache.json").is_file():
         paint_cache(work / "real" / "cache", work / "painted")
+
+
+def add_cupping(run_dir):
+    """Tissue brighter near bone, by 0 to 28 HU a series, in a seam of 6 to 16 mm: what beam hardening leaves.
+
+    Of the real patients four are 11 to 14 HU brighter there, the phantom never: a network trained without it calls each
+    slice of theirs subdural.
+    """
+    cohort, cache, rng = read_stage(run_dir, "cohort.parquet"), open_cache(run_dir / "cache"), np.random.default_rng(0)
+    shards = {int(path.stem[6:]): np.load(path) for path in sorted(cache.folder.glob("shard-*.npy"))}
+    for _, rows in cohort.groupby("SeriesInstanceUID"):
+        height, reach = rng.uniform(0, 28), rng.uniform(8, 20)
+        for address in rows["address"].tolist():
+            hu = shards[address // SHARD_ROWS][address % SHARD_ROWS]
+            far = cv2.distanceTransform((hu < 100).astype(np.uint8), cv2.DIST_L2, 5)
+            seam = np.rint(height * np.exp(-far / reach)).astype(np.int16)
+            hu += np.where((hu > -20) & (hu < 100), seam, 0).astype(np.int16)
+    for number, pixels in shards.items():
+        write_file(shard_paths(cache.folder, number)[0], lambda p, x=pixels: np.save(p, x))
 
 
 def find_inside(hu):

@@ -10,8 +10,8 @@ import pytest
 from ich_fastai.cache import open_cache
 from ich_fastai.core import InputError, read_stage
 from ich_fastai.dicom import DicomError, Window
-from ich_fastai.external import PICTURE_SETS, PictureSet, cache_pictures, import_pictures, read_picture
-from ich_fastai.external import read_picture_labels, to_hu, to_picture
+from ich_fastai.external import PICTURE_SETS, PictureSet, cache_pictures, frame_heads, head_frame, import_pictures
+from ich_fastai.external import read_picture, read_picture_labels, skull_box, to_hu, to_picture
 from ich_fastai.labels import SUBTYPES
 from ich_fastai.tiny import tiny_cohort
 
@@ -131,6 +131,31 @@ def test_useless_input_is_one_line(picture_set, tmp_path):
         import_pictures(picture_set, tmp_path / "run", PictureSet(BRAIN))
     with pytest.raises(DicomError, match="cannot be read"):
         read_picture(tmp_path / "none.png", BRAIN)
+
+
+def test_heads_of_one_size(slices, picture_set, tmp_path):
+    "The second patient's field of view is twice as large and off center: framed, both heads are alike."
+    rows, _ = slices
+    small = rows["PatientID"].unique()[1]
+    names = pd.read_csv(picture_set / "labels.csv", dtype=str)
+    for name in names.loc[names["patient"] == small, "slice"]:
+        path = str(picture_set / "slices" / f"{name}.png")
+        cv2.imwrite(path, np.pad(cv2.imread(path, cv2.IMREAD_UNCHANGED), ((200, 56), (40, 216))))
+    import_pictures(picture_set, tmp_path / "run", PictureSet(BRAIN, turns=1), n_folds=2)
+    frame_heads(tmp_path / "run", tmp_path / "framed")
+    boxes = {}
+    for name in ("run", "framed"):
+        cohort, cache = read_stage(tmp_path / name, "cohort.parquet"), open_cache(tmp_path / name / "cache")
+        series = [cache.gather(part["address"].to_numpy()) for _, part in cohort.groupby("SeriesInstanceUID")]
+        boxes[name] = np.array([max(map(skull_box, hus), key=lambda box: box[3]) for hus in series])
+        assert name == "run" or (head_frame(series[0])[2] == pytest.approx(256, rel=0.03))
+    lengths, middles = boxes["framed"][:, 3], boxes["framed"][:, :2] + boxes["framed"][:, 2:] / 2
+    assert boxes["run"][0, 3] > 1.6 * boxes["run"][1, 3] and lengths == pytest.approx(256 / 1.15, rel=0.06)
+    assert np.abs(middles - 128).max() < 16
+
+
+def test_a_series_without_a_skull_stays_as_it_is():
+    assert head_frame(np.full((3, 64, 64), -1000, np.int16)) == (0, 0, 64)
 
 
 def test_the_real_set(real_data):
