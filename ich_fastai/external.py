@@ -178,7 +178,7 @@ def import_pictures(
     cache_pictures(data_dir, run_dir / "cache", about, rows, size)
     save_json(about._asdict() | {"labels_unknown": unknown}, run_dir / "dataset.json")
     if unknown:
-        print(f"{data_dir / about.labels}: has no {', '.join(unknown)}; they are 0 everywhere and mean nothing")
+        print(f"{data_dir.name}/{about.labels}: has no {', '.join(unknown)}; they are 0 everywhere and mean nothing")
     return make_cohort(run_dir, n_folds=n_folds, seed=seed)
 
 # %% ../nbs/26_external.ipynb #26-030
