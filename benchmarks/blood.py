@@ -26,10 +26,11 @@ from ich_fastai.batches import Augment, Settings, SliceBatches, slice_loaders
 from ich_fastai.cache import SHARD_ROWS, open_cache, save_settings, shard_paths
 from ich_fastai.cohort import make_cohort
 from ich_fastai.core import read_stage, write_file
+from ich_fastai.controls import find_blobs, paint_cache, same_height_auc, series_height
 from ich_fastai.dicom import DicomError, Window, read_slice
 from ich_fastai.external import PICTURE_SETS, PictureSet, frame_heads, import_pictures, to_picture
 from ich_fastai.labels import LABELS
-from ich_fastai.metrics import Estimate, draw_patients, find_estimate, rank_metrics
+from ich_fastai.metrics import Estimate, draw_patients, find_estimate
 from ich_fastai.model import build_model, make_loss
 from ich_fastai.phantom import make_phantom
 from ich_fastai.train import FollowEpochs, StopOnNonFinite, make_learner
@@ -42,7 +43,6 @@ AUGMENT = Augment(degrees=15, zoom=0.12, shift=0.05, noise_hu=8, width=0.15, cen
 WINDOWS = {"brain": (40, 80), "blood": (55, 50), "wide": (40, 120)}
 ANY = LABELS.index("any")
 ARMS = {"phantom": 14_000, "real": 5_000, "phantom, then real": 5_000}  # images that a training sees
-DENSE = 11  # HU above the slice's brain: blood, and also calcium and veins
 
 
 def export_phantom(data_dir, folder):
@@ -76,7 +76,7 @@ def prepare(options):
         frame_heads(work / "loose" / "real", work / "real")
     make_cohort(work / "real", n_folds=options.folds)
     if not (work / "painted" / "cache.json").is_file():
-        paint_cache(work / "real" / "cache", work / "painted")
+        paint_run(work / "real", work / "painted")
 
 
 def add_cupping(run_dir):
@@ -98,75 +98,20 @@ def add_cupping(run_dir):
         write_file(shard_paths(cache.folder, number)[0], lambda p, x=pixels: np.save(p, x))
 
 
-def find_inside(hu):
-    "Where the brain may be: within the largest outline of bone, its gaps closed as far as needed, away from bone."
-    bone = (hu > 100).astype(np.uint8)
-    near = cv2.dilate(bone, np.ones((7, 7), np.uint8)) > 0
-    tissue = cv2.morphologyEx(((hu > 0) & (hu < 100)).astype(np.uint8), cv2.MORPH_OPEN, np.ones((9, 9), np.uint8)) > 0
-    padded = np.pad(bone, 48)
-    for gap in (5, 15, 31, 45):
-        ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (gap, gap))
-        closed = np.ascontiguousarray(cv2.morphologyEx(padded, cv2.MORPH_CLOSE, ellipse)[48:-48, 48:-48])
-        outlines = cv2.findContours(closed, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
-        inside = np.zeros_like(bone)
-        if outlines:
-            cv2.drawContours(inside, [max(outlines, key=cv2.contourArea)], -1, 1, -1)
-        inside = (inside > 0) & ~near
-        if inside.sum() > 0.6 * (tissue & ~near).sum():
-            break
-    return inside
-
-
-def find_dense(hu):
-    "(where the brain may be, where it is dense over 12 px or more, the brain's median HU)."
-    inside = find_inside(hu)
-    tissue = inside & (hu > 15) & (hu < 60)
-    if tissue.sum() < 200:
-        return inside, np.zeros_like(inside), 0.0
-    brain = float(np.median(hu[tissue]))
-    smooth = cv2.GaussianBlur(np.clip(hu, -20, 100).astype(np.float32), (0, 0), 1.5)
-    _, parts, stats, _ = cv2.connectedComponentsWithStats(((smooth > brain + DENSE) & inside).astype(np.uint8))
-    return inside, np.isin(parts, np.flatnonzero(stats[:, 4] >= 12)[1:]), brain
-
-
-def paint_over(hu):
-    "The slice, and how many px of it were dense; these and 4 px around are brain of the neighborhood with its noise."
-    inside, dense, brain = find_dense(hu)
-    if not dense.any():
-        return hu, 0
-    grown = cv2.dilate(dense.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))) > 0
-    hole = grown & (cv2.dilate(inside.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0) & (hu > brain - 8)
-    x, out, tissue = hu.astype(np.float32), hu.copy(), inside & ~hole & (hu > 15) & (hu < 60)
-    weight, total = (cv2.GaussianBlur(v, (0, 0), 12) for v in (tissue.astype(np.float32), x * tissue))
-    near = np.where(weight > 0.02, total / np.maximum(weight, 1e-6), brain)
-    noise = (x - cv2.GaussianBlur(x, (0, 0), 2))[tissue]
-    out[hole] = np.rint(near[hole] + np.random.default_rng(0).choice(noise, hole.sum())).astype(np.int16)
-    return out, int(dense.sum())
-
-
-def paint_cache(cache_dir, out_dir):
-    "The same cache with every slice painted over."
-    cache = open_cache(cache_dir)
-    for path in sorted(cache_dir.glob("shard-*.npy")):
-        painted = np.stack([paint_over(hu)[0] for hu in np.load(path)])
-        write_file(shard_paths(out_dir, int(path.stem[6:]))[0], lambda p, x=painted: np.save(p, x))
+def paint_run(run_dir, out_dir):
+    "The run's cache with all slices painted over, once for all networks."
+    cache = paint_cache(run_dir)
+    for path in sorted(cache.folder.glob("shard-*.npy")):
+        number, n = int(path.stem[6:]), len(np.load(path, mmap_mode="r"))
+        painted = cache.gather(number * SHARD_ROWS + np.arange(n))
+        write_file(shard_paths(out_dir, number)[0], lambda p, x=painted: np.save(p, x))
     save_settings(out_dir, cache.size)
-
-
-def relative_height(cohort):
-    "0 at the lowest slice of a series, 1 at its highest."
-    position = cohort.groupby("SeriesInstanceUID")["position"]
-    return cohort["position"] / position.transform("max").clip(lower=1)
-
-
-def tenth(height):
-    return np.minimum((height * 10).astype(int), 9)
 
 
 def balance(cohort, seed):
     "Rows to train on: all positives, as many negatives at the same heights, as many from anywhere."
     rng, rows = np.random.default_rng(seed), cohort[cohort["clean"]]
-    bins = tenth(relative_height(rows))
+    bins = (series_height(cohort)[cohort["clean"]] * 10).astype(int)
     positive, negative = rows["any"] == 1, rows["any"] == 0
     near = [
         rng.choice(rows.index[negative & (bins == k)], n)
@@ -201,23 +146,20 @@ def score(network, rows, cache_dir, settings):
     return torch.cat([network(x)[:, ANY] for x, _ in batches]).numpy()
 
 
-def stratified_auc(y, s, patient, draws, strata):
-    "AUC over the pairs within a stratum, for every draw."
-    won, pairs = np.zeros(len(draws)), np.zeros(len(draws))
-    for k in np.unique(strata):
-        i = np.flatnonzero(strata == k)
-        if 0 < y[i].sum() < len(i):
-            w = draws[:, patient[i]]
-            n = (w * y[i]).sum(1) * (w * (1 - y[i])).sum(1)
-            won += np.where(n > 0, rank_metrics(y[i], s[i], patient[i], draws)["auc"], 0) * n
-            pairs += n
-    return won / pairs
+def aucs(rows, column, n_boot):
+    "AUC of all pairs, and of those at the same height, among slices that the same network scored: (b,) each."
+    fold = rows["fold"].to_numpy()
+    n_folds, (patient, draws) = fold.max() + 1, draw_patients(rows["PatientID"].to_numpy(), n_boot)
+    y, s = rows["any"].to_numpy(), rows[column].to_numpy(np.float64)
+    place = (fold + rows["height"].to_numpy()) / n_folds
+    return [same_height_auc(y, s, place, patient, draws, n_folds * k) for k in (1, 10)]
 
 
-def aucs(rows, s, draws, patient):
-    "All pairs, and those at the same height, of slices that the same network scored: (b,) each."
-    y, fold = rows["any"].to_numpy().astype(int), rows["fold"].to_numpy()
-    return [stratified_auc(y, s, patient, draws, k) for k in (fold, 10 * fold + tenth(rows["height"].to_numpy()))]
+def held_out(work, fold):
+    "The real slices of a fold, of all where it is None: who, what and where they are."
+    cohort = read_stage(work / "real", "cohort.parquet")
+    cohort = cohort.assign(height=series_height(cohort))
+    return cohort.assign(fold=0) if fold is None else cohort[cohort["fold"] == fold]
 
 
 def run_cell(arm, seed, fold, options):
@@ -236,18 +178,16 @@ def run_cell(arm, seed, fold, options):
         begin = load_file(work / "cells" / f"phantom-{seed}.safetensors") if arm != "real" else None
         settings = replace(settings, lr=options.lr / 2) if begin else settings
         network = train(work / "real", fold, settings, ("any",), begin)
-    rows = read_stage(work / "real", "cohort.parquet").assign(height=relative_height)
-    rows = rows.assign(fold=0) if fold is None else rows[rows["fold"] == fold]
+    rows = held_out(work, fold)
     rows = rows.assign(
         bare=score(network, rows, work / "real" / "cache", settings),
         painted=score(network, rows, work / "painted", settings),
     )
-    patient, draws = draw_patients(rows["PatientID"].to_numpy(), 0)
     facts = {"arm": arm, "seed": seed, "fold": fold, "images": ARMS[arm], "lr": settings.lr, "size": options.size}
     facts |= {"n": len(rows), "seconds": round(time.perf_counter() - start)}
     facts |= {"cpu_seconds": round(time.process_time() - clock)}
     for column in ("bare", "painted"):
-        facts[column] = [round(float(a[0]), 4) for a in aucs(rows, rows[column].to_numpy(), draws, patient)]
+        facts[column] = [round(float(a[0]), 4) for a in aucs(rows.assign(fold=0), column, 0)]
     write_file(weights, lambda p: save_file({k: v.contiguous() for k, v in network.state_dict().items()}, p))
     kept = ["SOPInstanceUID", "PatientID", "any", "fold", "height", "bare", "painted"]
     write_file(table, lambda p: rows[kept].to_parquet(p))
@@ -257,13 +197,12 @@ def run_cell(arm, seed, fold, options):
 
 
 def rule_rows(work):
-    "What needs no network: distance from the middle of the series, area of what is dense inside the skull."
-    rows = read_stage(work / "real", "cohort.parquet").assign(height=relative_height, fold=0)
-    addresses, scores = rows["address"].to_numpy(), {"distance from the middle": {}, "area of what is dense": {}}
+    "What needs no network: closeness to the middle of the series, area of what is dense inside the skull."
+    rows, scores = held_out(work, None), {"closeness to the middle": {}, "area of dense blobs": {}}
     for column, cache_dir in (("bare", work / "real" / "cache"), ("painted", work / "painted")):
-        cache = open_cache(cache_dir)
-        scores["distance from the middle"][column] = -np.abs(rows["height"] - 0.5)
-        scores["area of what is dense"][column] = [find_dense(cache.gather(a))[1].sum() for a in addresses]
+        hu = open_cache(cache_dir).gather(rows["address"].to_numpy())
+        scores["closeness to the middle"][column] = -np.abs(rows["height"] - 0.5)
+        scores["area of dense blobs"][column] = find_blobs(hu).sum((1, 2))
     return {name: [rows.assign(**columns)] for name, columns in scores.items()}
 
 
@@ -283,11 +222,7 @@ def report(options):
     for arm, seeds in found.items():
         cells = [f"{arm} ({len(seeds)})"]
         for column in ("bare", "painted"):
-            drawn = []
-            for rows in seeds:
-                rows = rows.sort_values("SOPInstanceUID", ignore_index=True)
-                patient, draws = draw_patients(rows["PatientID"].to_numpy(), options.n_boot)
-                drawn.append(aucs(rows, rows[column].to_numpy(np.float64), draws, patient))
+            drawn = [aucs(rows, column, options.n_boot) for rows in seeds]
             for k, values in enumerate(np.array(drawn).swapaxes(0, 1)):  # (seeds, b) each
                 draws_of[arm, column, k] = values.mean(0)
                 spread = f"; {values[:, 0].min():.3f} to {values[:, 0].max():.3f}" if len(values) > 1 else ""

@@ -90,6 +90,7 @@ MAKERS = {
     "model/model.json": "12_train",
     "model/history.csv": "12_train",
     "metrics.csv": "22_evaluate",
+    "tables/controls.csv": "23_controls",
 }
 
 # %% ../nbs/00_core.ipynb #00-017

@@ -142,6 +142,7 @@ def render_pictures(
 # %% ../nbs/41_report.ipynb #41-022
 SECTIONS = (  # heading, notebook, its tables and figures
     ("Results on held-out patients", "22_evaluate", "headline.csv", "auc.svg", "reliability.svg"),
+    ("Does it see the blood?", "23_controls", "blood.csv", "controls.svg", "painted.png"),
     ("Where it looks, and where it fails", "24_explain", "grad_cam.png", "mistakes.png"),
     ("What the paper says, what we get", "40_paper", "paper.csv"),
     ("Table 1: how often each kind of bleeding occurs", "40_paper", "table_1.csv", "table_1.svg"),

@@ -37,7 +37,7 @@ from .report import SYNTHETIC, write_report
 STAGES = (
     *("01_labels", "02_dicom", "08_ingest", "09_cohort"),
     *("10_batches", "12_train"),
-    *("22_evaluate", "24_explain", "25_imbalance"),
+    *("22_evaluate", "23_controls", "24_explain", "25_imbalance"),
     *("31_predict", "40_paper"),
 )
 
