@@ -3,7 +3,8 @@
 python benchmarks/blood.py --real FOLDER [--work FOLDER] [--seeds 3] [--folds 2] [--report]
 
 FOLDER holds phe_sich/. Three ways to train: on the phantom alone, on real patients alone, on the phantom and then on
-real patients. Each network scores real patients that it has not seen, as they are and with what is dense inside the
+real patients; the last also with twins: each positive slice once more, painted over and called negative. Each network
+scores real patients that it has not seen, as they are and with what is dense inside the
 skull painted over by brain. AUC is of all pairs of a positive and a negative slice that one network scored, and of
 those in the same tenth of their series; intervals are 95%, by patient. Each training is a cell: scores and a JSON
 line of facts are written at once, and the same command goes on with the cells that are missing. --report trains none.
@@ -42,7 +43,9 @@ BURNED = Window(40, 120)
 AUGMENT = Augment(degrees=15, zoom=0.12, shift=0.05, noise_hu=8, width=0.15, center=0.1)
 WINDOWS = {"brain": (40, 80), "blood": (55, 50), "wide": (40, 120)}
 ANY = LABELS.index("any")
-ARMS = {"phantom": 14_000, "real": 5_000, "phantom, then real": 5_000}  # images that a training sees
+BOTH, TWINS = "phantom, then real", "phantom, then real and twins"
+ARMS = {"phantom": 14_000, "real": 5_000, BOTH: 5_000, TWINS: 5_000}  # images that a training sees
+AWAY = 100  # shards of painted slices are numbered from here in the cache that holds both
 
 
 def export_phantom(data_dir, folder):
@@ -76,7 +79,7 @@ def prepare(options):
         frame_heads(work / "loose" / "real", work / "real")
     make_cohort(work / "real", n_folds=options.folds)
     if not (work / "painted" / "cache.json").is_file():
-        paint_run(work / "real", work / "painted")
+        paint_run(work / "real", work / "painted", work / "twins")
 
 
 def add_cupping(run_dir):
@@ -98,20 +101,24 @@ def add_cupping(run_dir):
         write_file(shard_paths(cache.folder, number)[0], lambda p, x=pixels: np.save(p, x))
 
 
-def paint_run(run_dir, out_dir):
-    "The run's cache with all slices painted over, once for all networks."
+def paint_run(run_dir, out_dir, twins_dir):
+    "The run's cache with all slices painted over, once for all networks; and one that holds both."
     cache = paint_cache(run_dir)
     for path in sorted(cache.folder.glob("shard-*.npy")):
         number, n = int(path.stem[6:]), len(np.load(path, mmap_mode="r"))
         painted = cache.gather(number * SHARD_ROWS + np.arange(n))
         write_file(shard_paths(out_dir, number)[0], lambda p, x=painted: np.save(p, x))
+        for n, source in ((number, path), (number + AWAY, shard_paths(out_dir, number)[0])):
+            shard_paths(twins_dir, n)[0].parent.mkdir(parents=True, exist_ok=True)
+            shard_paths(twins_dir, n)[0].symlink_to(source.resolve())
     save_settings(out_dir, cache.size)
+    save_settings(twins_dir, cache.size)
 
 
 def balance(cohort, seed):
     "Rows to train on: all positives, as many negatives at the same heights, as many from anywhere."
     rng, rows = np.random.default_rng(seed), cohort[cohort["clean"]]
-    bins = (series_height(cohort)[cohort["clean"]] * 10).astype(int)
+    bins = pd.Series(series_height(cohort) * 10, cohort.index).loc[rows.index].astype(int)
     positive, negative = rows["any"] == 1, rows["any"] == 0
     near = [
         rng.choice(rows.index[negative & (bins == k)], n)
@@ -122,12 +129,19 @@ def balance(cohort, seed):
     return rows.loc[np.concatenate([rows.index[positive], *near, far])]
 
 
-def train(run_dir, fold, settings, labels, start=None):
+def add_twins(rows):
+    "The rows, and each positive once more: painted over, and negative."
+    twins = rows[rows["any"] == 1].drop_duplicates("SOPInstanceUID")
+    return pd.concat([rows, twins.assign(any=0, address=twins["address"] + AWAY * SHARD_ROWS)])
+
+
+def train(run_dir, fold, settings, labels, start=None, twins_dir=None):
     "A network trained on all folds but one; `labels`: what it learns from, the others weigh nothing."
     cohort = read_stage(run_dir, "cohort.parquet")
     rows = balance(cohort[cohort["fold"] != fold], settings.seed).assign(in_sample=True)
+    rows = add_twins(rows) if twins_dir else rows
     both = pd.concat([rows, cohort[cohort["fold"] == fold]], ignore_index=True)
-    dls = slice_loaders(both, run_dir / "cache", fold, settings, augment=AUGMENT)
+    dls = slice_loaders(both, twins_dir or run_dir / "cache", fold, settings, augment=AUGMENT)
     torch.manual_seed(settings.seed)
     network = build_model(settings.arch, settings.n_in, "" if start else settings.pretrained_from)
     if start:
@@ -162,9 +176,13 @@ def held_out(work, fold):
     return cohort.assign(fold=0) if fold is None else cohort[cohort["fold"] == fold]
 
 
+def cell_name(arm):
+    return arm.replace(", then ", "-").replace(" and ", "-")
+
+
 def run_cell(arm, seed, fold, options):
     "Train, score the held-out real patients, write both."
-    work, name = options.work, f"{arm.replace(', then ', '-')}-{seed}" + ("" if fold is None else f"-{fold}")
+    work, name = options.work, f"{cell_name(arm)}-{seed}" + ("" if fold is None else f"-{fold}")
     table, weights = work / "cells" / f"{name}.parquet", work / "cells" / f"{name}.safetensors"
     if table.is_file():
         return
@@ -177,7 +195,7 @@ def run_cell(arm, seed, fold, options):
     else:
         begin = load_file(work / "cells" / f"phantom-{seed}.safetensors") if arm != "real" else None
         settings = replace(settings, lr=options.lr / 2) if begin else settings
-        network = train(work / "real", fold, settings, ("any",), begin)
+        network = train(work / "real", fold, settings, ("any",), begin, work / "twins" if arm == TWINS else None)
     rows = held_out(work, fold)
     rows = rows.assign(
         bare=score(network, rows, work / "real" / "cache", settings),
@@ -210,7 +228,7 @@ def report(options):
     "The table: the mean over seeds with its interval, and the least and the largest seed."
     found = rule_rows(options.work)
     for arm in ARMS:
-        name, seeds = arm.replace(", then ", "-"), []
+        name, seeds = cell_name(arm), []
         for seed in range(options.seeds):
             paths = [options.work / "cells" / f"{name}-{seed}.parquet"]
             if arm != "phantom":
@@ -228,11 +246,11 @@ def report(options):
                 spread = f"; {values[:, 0].min():.3f} to {values[:, 0].max():.3f}" if len(values) > 1 else ""
                 cells.append(f"{find_estimate(values.mean(0))}{spread}")
         print("| " + " | ".join(cells) + " |")
-    last = "phantom, then real"
-    for arm in ("phantom", "real"):
-        if (arm, "bare", 1) in draws_of and (last, "bare", 1) in draws_of:
-            gap: Estimate = find_estimate(draws_of[last, "bare", 1] - draws_of[arm, "bare", 1])
-            print(f"at the same height, {last} minus {arm}: {gap}")
+    for arm in ("phantom", "real", TWINS):
+        for column in ("bare", "painted"):
+            if (arm, column, 1) in draws_of and (BOTH, column, 1) in draws_of:
+                gap: Estimate = find_estimate(draws_of[BOTH, column, 1] - draws_of[arm, column, 1])
+                print(f"at the same height, {column}, {BOTH} minus {arm}: {gap}")
 
 
 def main():
@@ -251,10 +269,9 @@ def main():
     prepare(options)
     for seed in range(0 if options.report else options.seeds):
         run_cell("phantom", seed, None, options)
-    for seed in range(0 if options.report else options.seeds):
         for fold in range(options.folds):
-            run_cell("phantom, then real", seed, fold, options)
-            run_cell("real", seed, fold, options)
+            for arm in ("real", BOTH, TWINS):
+                run_cell(arm, seed, fold, options)
     report(options)
 
 
