@@ -226,15 +226,16 @@ def rule_rows(work):
 
 def report(options):
     "The table: the mean over seeds with its interval, and the least and the largest seed."
-    found = rule_rows(options.work)
+    found, height = rule_rows(options.work), held_out(options.work, None).set_index("SOPInstanceUID")["height"]
     for arm in ARMS:
         name, seeds = cell_name(arm), []
         for seed in range(options.seeds):
             paths = [options.work / "cells" / f"{name}-{seed}.parquet"]
             if arm != "phantom":
                 paths = [options.work / "cells" / f"{name}-{seed}-{fold}.parquet" for fold in range(options.folds)]
-            if all(path.is_file() for path in paths):
-                seeds.append(pd.concat(map(pd.read_parquet, paths)).sort_values("SOPInstanceUID", ignore_index=True))
+            if all(path.is_file() and path.stat().st_size for path in paths):
+                rows = pd.concat(map(pd.read_parquet, paths)).sort_values("SOPInstanceUID", ignore_index=True)
+                seeds.append(rows.assign(height=rows["SOPInstanceUID"].map(height)))
         found |= {arm: seeds} if seeds else {}
     draws_of = {}
     for arm, seeds in found.items():
