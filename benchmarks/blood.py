@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from ich_fastai.batches import Augment, Settings, SliceBatches, slice_loaders
 from ich_fastai.cache import SHARD_ROWS, Cache, save_settings, shard_paths
 from ich_fastai.cohort import make_cohort
-from ich_fastai.core import read_stage, write_file
+from ich_fastai.core import Window, read_stage, write_file
 from ich_fastai.controls import FAINT, auc_at_same_position, find_blobs, paint_over, relative_height
-from ich_fastai.dicom import DicomError, Window, read_slice
+from ich_fastai.dicom import DicomError, read_slice
 from ich_fastai.external import PICTURE_SETS, PictureSet, frame_heads, import_pictures, to_picture
 from ich_fastai.labels import LABELS
 from ich_fastai.metrics import Estimate, draw_patients, find_estimate

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from pyarrow.parquet import write_table
 
-from .core import InputError, name_some, read_stage, save_json, write_file
+from .core import DicomError, InputError, Window, name_some, read_stage, save_json, write_file
 from .labels import LABELS, SUBTYPES, tabulate_labels
-from .dicom import DicomError, SliceRecord, Window
+from .dicom import SliceRecord
 from .dicom import brain_fraction, read_file, window
 from .cache import SHARD_ROWS
 from .cache import make_table, Cache, resize_slice, save_settings, shard_paths

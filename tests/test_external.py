@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 
 from ich_fastai.cache import Cache
-from ich_fastai.core import InputError, read_stage
-from ich_fastai.dicom import DicomError, Window
+from ich_fastai.core import DicomError, InputError, Window, read_stage
 from ich_fastai.external import PICTURE_SETS, PictureSet, cache_pictures, frame_heads, head_frame, import_pictures
 from ich_fastai.external import read_picture, read_picture_labels, skull_box, to_hu, to_picture
 from ich_fastai.labels import SUBTYPES
