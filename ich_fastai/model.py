@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import threading
+import warnings
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from fastai.losses import BCEWithLogitsLossFlat
 
 from .core import InputError, read_stage, save_json, write_file
 from .labels import LABELS, class_weights
@@ -43,12 +43,15 @@ def make_loss(
     device: str | torch.device = "cpu",
 ):  # a fastai loss of (logits, labels), both (n, 6)
     "Class-weighted binary cross-entropy."
+    from fastai.losses import BCEWithLogitsLossFlat
+
     return BCEWithLogitsLossFlat(weight=torch.tensor(weights.to_numpy(np.float32), device=device), flatten=False)
 
 # %% ../nbs/11_model.ipynb #11-015
 def _put_head(backbone: torch.nn.Module, n_in: int, image_size: int) -> torch.nn.Module:
     "fastai's head on a backbone; one whose features are no map of channels (most transformers) pools for itself."
-    from fastai.vision.learner import TimmBody, add_head
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch, about fastai's layers
+        from fastai.vision.learner import TimmBody, add_head
 
     body, x = TimmBody(backbone).eval(), torch.zeros(1, n_in, image_size, image_size)
     with torch.no_grad():

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'UPRIGHT', 'DARK_COLORS', 'pick_studies', 'gather_pixels', 'see_pixels', 'pack_bytes', 'pack_pixels',
            'pack_maps', 'slice_thresholds', 'draw_strip', 'name_edges', 'hash_uid', 'list_unusable', 'render_top',
-           'fill_template', 'describe_study', 'render_legend', 'write_viewer', 'write_study_pages', 'view_held_out',
-           'ich_predict']
+           'fill_template', 'describe_study', 'render_legend', 'write_viewer', 'write_study_pages', 'view_held_out']
 
 # %% ../nbs/32_viewer.ipynb #32-003
 import base64
@@ -19,11 +18,9 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pandas as pd
-from fastcore.script import call_parse, store_true
 
 from .core import InputError, data_note, format_table, read_stage, save_captioned, save_table, write_file
 from .labels import LABELS, LABEL_COLORS, find_dataset
@@ -32,7 +29,7 @@ from .model import Model, load_model
 from .sequence import series_logits
 from .calibrate import slice_lengths
 from .series import Survey
-from .predict import CALLS, SERIES_COLUMNS, SETS, decide, predict_files, see_study, summarize_studies
+from .predict import CALLS, SETS, decide, see_study, summarize_studies
 
 # %% ../nbs/32_viewer.ipynb #32-008
 KINDS = {  # page: kind, is there bleeding, was it called; the first mistake that exists is taken
@@ -341,28 +338,3 @@ def view_held_out(
     caption = "Of each study the slice with the largest probability of any hemorrhage. Brain window (40, 80) HU."
     save_captioned({"viewer.png": (plot_row(pictures), caption)}, run_dir, note)
     return done
-
-# %% ../nbs/32_viewer.ipynb #32-055
-@call_parse
-def ich_predict(
-    model: str,  # model/ folder of a run
-    dicom: Annotated[list[str], {"nargs": "+", "type": str}],  # DICOM files, folders, a zip or a DICOMDIR; then OUT.csv
-    out: str = "",  # CSV to write, a row per image; OUT-studies.csv and OUT-series.csv; predictions.csv by default
-    device: str = "",  # cuda or cpu; cuda where there is one by default
-    submission: str = "",  # the competition's sample submission: its rows are written into OUT-submission.csv
-    series: str = "",  # a SeriesInstanceUID to use, whatever speaks against it
-    all_series: store_true = False,  # use all series that can be read, a row each
-    html: str = "",  # folder for a page a study
-    show_uids: store_true = False,  # UIDs and file names in the pages
-):
-    "Probabilities of intracranial hemorrhage for each slice and study, by one series. Not a medical device."
-    given = [dicom] if isinstance(dicom, str) else list(dicom)
-    pixels: dict = {}
-    how = (device, submission, series, all_series, pixels if html else None)
-    loaded, slices, survey = predict_files(model, given, out, *how)
-    if html:
-        hu, lies = gather_pixels(loaded, slices, survey, pixels)
-        table = survey.series.reindex(columns=[*SERIES_COLUMNS]).rename(columns=SERIES_COLUMNS)
-        rows, about = slices.reset_index(drop=True), {"orientation": lies, "series": table}
-        pages = write_study_pages(rows, hu, html, loaded.card, show_uids=show_uids, **about)
-        print(f"{len(pages):,} page{'s' * (len(pages) != 1)} in {html}.")

@@ -12,7 +12,7 @@ from ich_fastai.evaluate import evaluate
 from ich_fastai.core import InputError, read_stage
 from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.model import load_model
-from ich_fastai.cache import open_cache
+from ich_fastai.cache import Cache
 from ich_fastai.cohort import find_neighbors, input_addresses
 from ich_fastai.exports import write_export
 from ich_fastai.head import draw_head, make_rng
@@ -172,7 +172,7 @@ def test_ordinary_series_have_the_logits_of_the_cache(trained, tmp_path):
     card = model.card | {"geometry": measure_geometry(rows)}
     dicom_dir = find_dataset(tiny_phantom()).dicom_dir
     table = predict_study(model._replace(card=card), [dicom_dir / f for f in rows["file"]], all_series=True)
-    hu, near = open_cache(trained / "cache"), find_neighbors(rows).loc[table["SOPInstanceUID"]]
+    hu, near = Cache(trained / "cache"), find_neighbors(rows).loc[table["SOPInstanceUID"]]
     addresses = input_addresses(near, model.settings.neighbors)
     batch = hu.gather(addresses.ravel())
     logits = predict_logits(model, batch, np.arange(addresses.size).reshape(addresses.shape))
