@@ -371,7 +371,7 @@ def controls(
     table = control_table(run_dir, data_dir, max_slices=max_slices, n_boot=n_boot, seed=seed)
     save_table(table, run_dir / "tables" / "controls.csv")
     save_table(short_table(table), run_dir / "tables" / "controls_short.csv")
-    figures = {"controls.svg": (plot_controls(table, note), "AUC of `any`, bare and at the same position.")}
+    figures = {"controls.svg": (plot_controls(table, note), "AUC of any, bare and at the same position.")}
     figures["painted.png"] = plot_painted(run_dir, data_dir, note), "Bleeding slices before and after."
     save_captioned(figures, run_dir, note)
     return table
