@@ -283,6 +283,6 @@ def write_site(
         else:
             render_notebook(path, page, synthetic=path.stem != "00_core", pages=pages)
     shutil.copytree(home / "nbs" / "images", out / "nbs" / "images", dirs_exist_ok=True)
-    for name in ("LICENSE", "CITATION.cff"):
-        shutil.copy(home / name, out)
+    for name in ("LICENSE", "CITATION.cff", "docs/study.schema.json"):
+        shutil.copy(home / name, out / name)
     return out / "index.html"

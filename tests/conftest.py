@@ -16,6 +16,14 @@ PROJECT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist keeps every core busy; more threads would only wait
 
 
+LONG = ("test_chain", "test_real_data", "test_train", "test_notebooks")
+
+
+def pytest_collection_modifyitems(items):
+    "The longest files first: with two workers, what starts last decides when all is done."
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interruptible():
     "Ctrl-C as a terminal gives it: a shell that runs the tests in the background makes it ignored."
