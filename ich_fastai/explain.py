@@ -283,7 +283,7 @@ def densest_point(
     soft = (hu > 0) & (hu < 100) & (inside if inside.any() else True)
     return highest_point(cv2.GaussianBlur(np.where(soft, hu, 0).astype(np.float32), (0, 0), len(hu) / 64))
 
-# %% ../nbs/24_explain.ipynb #24-048
+# %% ../nbs/24_explain.ipynb #24-049
 def is_hit(
     point: tuple[float, float],  # down, across, as shares of the image
     mask: np.ndarray,  # (H, W) bool, any size
@@ -291,7 +291,7 @@ def is_hit(
     "Does the point lie in the mask?"
     return bool(mask[int(point[0] * mask.shape[0]), int(point[1] * mask.shape[1])])
 
-# %% ../nbs/24_explain.ipynb #24-050
+# %% ../nbs/24_explain.ipynb #24-051
 def mass_inside(
     values: np.ndarray,  # (H, W), 0 or more
     mask: np.ndarray,  # (H, W) bool, any size
@@ -300,7 +300,7 @@ def mass_inside(
     inside = cv2.resize(mask.astype(np.float32), values.shape[::-1], interpolation=cv2.INTER_AREA)
     return float((values * inside).sum() / max(values.sum(), 1e-12))
 
-# %% ../nbs/24_explain.ipynb #24-052
+# %% ../nbs/24_explain.ipynb #24-053
 MAP, UNTRAINED, RANDOM = "the map", "the map of an untrained network", "a random pixel of the brain"
 
 
@@ -327,7 +327,7 @@ def pointing_table(
             rows.append((label, measure, who, *share, of.sum(), len(set(patient))))
     return pd.DataFrame(rows, columns=["label", "measure", "who", *ESTIMATE, "n", "n_patients"])
 
-# %% ../nbs/24_explain.ipynb #24-055
+# %% ../nbs/24_explain.ipynb #24-056
 def pointing_words(
     table: pd.DataFrame | None,  # as `pointing_table` gives it; None: no masks
 ) -> str:  # two sentences
@@ -342,7 +342,7 @@ def pointing_words(
     what = f"{n} pairs of a held-out slice and its subtype, {patients} patients"
     return f"{says} and the bleeding (blue). The peak lies in it on {rates[MAP]} of {what}; {others}."
 
-# %% ../nbs/24_explain.ipynb #24-057
+# %% ../nbs/24_explain.ipynb #24-058
 def plot_evidence(
     evidence: Evidence,  # of a few slices
     note: str = "",  # for the title, say "synthetic data"
@@ -365,7 +365,7 @@ def plot_evidence(
     fig.suptitle(f"{title}\norange: evidence over half; cross: its peak{found}")
     return fig
 
-# %% ../nbs/24_explain.ipynb #24-060
+# %% ../nbs/24_explain.ipynb #24-061
 def explain(
     run_dir: str | Path,  # with predictions.parquet and model/
     data_dir: str | Path | None = None,  # the dataset, for bleeding sizes and masks of a phantom

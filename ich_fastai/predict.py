@@ -272,7 +272,7 @@ def make_harmless(table: pd.DataFrame) -> pd.DataFrame:
 
     return table.assign(**{name: table[name].map(fix) for name in table if table[name].map(type).eq(str).any()})
 
-# %% ../nbs/31_predict.ipynb #31-046
+# %% ../nbs/31_predict.ipynb #31-047
 def check_output(
     path: Path,  # a file to be written
     inputs: Sequence[str | Path],  # what is read
@@ -292,7 +292,7 @@ def check_output(
         if first != columns:
             raise InputError(f"{path}: there is another file of that name; remove it or choose another output")
 
-# %% ../nbs/31_predict.ipynb #31-048
+# %% ../nbs/31_predict.ipynb #31-049
 FIRST_COLUMNS = ("file", "StudyInstanceUID"), ("StudyInstanceUID", "slices"), ("study", "SeriesInstanceUID")
 SERIES_COLUMNS = {"study": "study", "uid": "SeriesInstanceUID", "used": "used", "reason": "reason", "notes": "notes"}
 SERIES_COLUMNS |= {"slices": "slices", "span_mm": "span_mm", "pixel_mm": "pixel_mm"} | DETAILS
@@ -309,7 +309,7 @@ def name_outputs(dicom: list[str], out: str, submission: str) -> tuple[list[str]
             check_output(path, [*dicom, *filter(None, [submission])], columns)
     return dicom, tables
 
-# %% ../nbs/31_predict.ipynb #31-050
+# %% ../nbs/31_predict.ipynb #31-052
 def summarize_series(
     slices: pd.DataFrame,  # as `predict_survey` gives it
     card: dict,  # model.json
@@ -323,7 +323,7 @@ def summarize_series(
     first = slices[slices["error"].isna()].assign(key=key).drop_duplicates("key").set_index("key")
     return table.join(first[["SeriesInstanceUID", *DETAILS.values()]]).rename_axis("StudyInstanceUID")
 
-# %% ../nbs/31_predict.ipynb #31-052
+# %% ../nbs/31_predict.ipynb #31-054
 def describe_end(slices: pd.DataFrame, survey: Survey, card: dict, out: Path) -> str:
     "The last lines on the screen: what to mind, and where the tables are."
     used, geometry = survey.series[survey.series["used"]], find_geometry(card)
@@ -337,7 +337,7 @@ def describe_end(slices: pd.DataFrame, survey: Survey, card: dict, out: Path) ->
     end = f"{n:,} image{'s' * (n != 1)}, {m:,} not used; written to {out}."
     return "\n".join([part for line in lines for part in wrap(show_text(line), 80)] + [end])
 
-# %% ../nbs/31_predict.ipynb #31-054
+# %% ../nbs/31_predict.ipynb #31-057
 def write_tables(
     slices: pd.DataFrame,
     survey: Survey,
@@ -355,7 +355,7 @@ def write_tables(
     if wanted is not None:
         save_table(make_submission(slices, wanted), tables[3])
 
-# %% ../nbs/31_predict.ipynb #31-055
+# %% ../nbs/31_predict.ipynb #31-058
 def predict_files(
     model: str | Path,  # model/ folder of a run
     dicom: Sequence[str],  # DICOM files, folders, a zip or a DICOMDIR; the last one may be `out`

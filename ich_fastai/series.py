@@ -187,7 +187,7 @@ def look_at(
     noise, bright = (float(np.median([getattr(look, name) for look in seen])) for name in ("noise", "bright"))
     return Sight(len(seen) / len(looks), noise, bright, *middle, float(np.mean([look.cut for look in seen])), why)
 
-# %% ../nbs/30_series.ipynb #30-023
+# %% ../nbs/30_series.ipynb #30-024
 def refuse_sight(series: pd.DataFrame, sight: Sight, thickness: float) -> str:  # ordered images; mm, or NaN
     "Why what a series shows, or says that it shows, is no plain head; empty where it is."
     first = series.iloc[0]
@@ -210,7 +210,7 @@ def refuse_sight(series: pd.DataFrame, sight: Sight, thickness: float) -> str:  
         return f"{100 * sight.bright:.0f}% of the brain is bright, as by contrast"
     return ""
 
-# %% ../nbs/30_series.ipynb #30-026
+# %% ../nbs/30_series.ipynb #30-027
 def describe_series(series: pd.DataFrame, decoder: Decoder) -> dict:  # usable images of one time point
     "A row of the series table; `reason` is empty where nothing speaks against it."
     series, note, ordered = order_images(series)
@@ -240,7 +240,7 @@ def describe_series(series: pd.DataFrame, decoder: Decoder) -> dict:  # usable i
     row |= {"reason": reason, "notes": "; ".join(notes), "ordered": ordered, "made": made, "images": series.index}
     return row | {"description": first["SeriesDescription"], "kernel": first["ConvolutionKernel"]}
 
-# %% ../nbs/30_series.ipynb #30-027
+# %% ../nbs/30_series.ipynb #30-028
 def tabulate_series(images: pd.DataFrame) -> pd.DataFrame:  # with study and series; `error` gains reasons
     "A row per series and time point: what it is, and in `reason` why it is not to be used."
     rows = []
@@ -265,7 +265,7 @@ def tabulate_series(images: pd.DataFrame) -> pd.DataFrame:  # with study and ser
     table = pd.DataFrame(rows)
     return table.assign(notes=table.get("notes", pd.Series(dtype=str)).fillna("") if "notes" in table else "")
 
-# %% ../nbs/30_series.ipynb #30-029
+# %% ../nbs/30_series.ipynb #30-030
 def choose_series(
     table: pd.DataFrame,  # of `tabulate_series`
     geometry: Geometry | None = None,  # of the training
@@ -294,7 +294,7 @@ def choose_series(
         table.loc[i, "reason"] = "usable; another series comes first"
     return table
 
-# %% ../nbs/30_series.ipynb #30-032
+# %% ../nbs/30_series.ipynb #30-033
 def _number(value, digits: int = 1) -> str:
     return f"{value:.{digits}f}" if pd.notna(value) and math.isfinite(value) else "-"
 
@@ -331,7 +331,7 @@ def format_series(
             ]
     return "\n".join(lines[1:])
 
-# %% ../nbs/30_series.ipynb #30-034
+# %% ../nbs/30_series.ipynb #30-035
 class Survey(NamedTuple):
     "What was found in an export."
 
@@ -352,7 +352,7 @@ def survey_files(
     images["series"] = group_series(images)
     return Survey(images, choose_series(tabulate_series(images), geometry, wanted, every))
 
-# %% ../nbs/30_series.ipynb #30-037
+# %% ../nbs/30_series.ipynb #30-038
 class Stack(NamedTuple):
     "A series as the network sees it."
 
@@ -362,7 +362,7 @@ class Stack(NamedTuple):
     errors: dict  # index of an image: why it cannot be read
     notes: list[str]  # what was done to the slices
 
-# %% ../nbs/30_series.ipynb #30-038
+# %% ../nbs/30_series.ipynb #30-039
 def read_series(
     images: pd.DataFrame,  # of a survey, those of the series in order
     about,  # its row of the survey's table, as a named tuple
