@@ -63,6 +63,8 @@ class Settings:
     balance: str = _within("undersample", "undersample", "none")  # of the training slices
     class_weights: str = _within("inverse", "inverse", "none", "competition")  # of the loss terms
     seed: int = 42  # of order, augmentation and initial weights
+    ema: float = _within(0.0, 0.0, 0.99999)  # decay of the running average of the weights, which is kept; 0: none
+    mirror: bool = False  # predict each slice mirrored too, and average
 
     def __post_init__(self):
         for name, allowed in ((f.name, f.metadata["allowed"]) for f in fields(self) if f.metadata):

@@ -237,7 +237,7 @@ def network_scores(
     seed: int = 42,
 ) -> dict[str, np.ndarray]:  # name: (n, 6) logits; and, as "dense blobs", their area (n,) in pixels
     "Logits of the network on the slices as they are and painted over, neighbors too."
-    model, cache = load_model(Path(run_dir) / "model"), Cache(stage_file(run_dir, "cache"))
+    model, cache = load_model(Path(run_dir) / "model", first=True), Cache(stage_file(run_dir, "cache"))
     addresses, places = np.unique(input_addresses(rows, model.settings.neighbors), return_inverse=True)
     hu, keep_rate = cache.gather(addresses), model.card["training"]["folds"][0]["keep_rate"]
     blobs, masks = find_blobs(hu), {"network, dense blobs painted over": find_blobs(hu, **FAINT)}

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['KIND_COLORS', 'HEADLINES', 'read_predictions', 'level_metrics', 'plot_auc', 'reliability_table', 'plot_reliability',
-           'threshold_table', 'coverage_table', 'headline_table', 'delivered_table', 'update_model', 'evaluate',
-           'metrics_table', 'weighted_log_loss']
+           'threshold_table', 'coverage_table', 'headline_table', 'model_folds', 'delivered_table', 'update_model',
+           'evaluate', 'metrics_table', 'weighted_log_loss']
 
 # %% ../nbs/22_evaluate.ipynb #22-003
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -227,50 +228,60 @@ def headline_table(
     return pd.DataFrame(rows, columns=["result", "value (95% interval)", "n", "patients", "prevalence"])
 
 # %% ../nbs/22_evaluate.ipynb #22-037
+def model_folds(
+    card: dict,  # model.json
+) -> list[dict]:  # the facts of the fold that each of its networks has not seen
+    "The folds whose held-out patients speak of this model; one of an earlier version holds the first network alone."
+    return card["training"]["folds"][: len(card.get("networks", ["weights.safetensors"]))]
+
+# %% ../nbs/22_evaluate.ipynb #22-040
 def delivered_table(
     levels: dict[str, Level],  # of `score_levels`
-    fold: int,  # whose network the model is
+    folds: Sequence[int],  # of the model's networks
     *,
     n_boot: int = 1000,
     seed: int = 42,
 ) -> pd.DataFrame:  # level, label, value (mean distance), low, high, note, largest, n, n_patients, prevalence
     "How far the calibrated probabilities of the model's decisions are from those that were evaluated."
-    rows = []
+    rows, nothing = [], "nothing was evaluated: one patient"
+    if len(folds) > 1:
+        nothing = f"the mean of {len(folds)} networks was not evaluated: each patient was seen by all but one of them"
     for level, d in levels.items():
-        here = d.fold == fold
+        here = np.isin(d.fold, folds)
         fit = fit_decisions(d.y[here], d.x[here], d.patients[here], level=level)
         apart = abs(calibrate(d.x[here], fit.slope, fit.intercept) - d.calibrated[here])
         patient, draws = draw_patients(d.patients[here], n_boot, seed)
         for label, y, far in zip(LABELS, d.y[here].T, apart.T, strict=True):
-            known = np.isfinite(far)
-            found = weighted_ratio(draws, patient, np.nan_to_num(far), known, "nothing was evaluated: one patient")
+            known = np.isfinite(far) & (len(folds) == 1)
+            found = weighted_ratio(draws, patient, np.nan_to_num(far), known, nothing)
             largest = far[known].max() if known.any() else None
             rows.append((level, label, *found, largest, len(y), draws.shape[1], y.mean() if len(y) else None))
     return pd.DataFrame(rows, columns=["level", "label", *ESTIMATE, "largest", "n", "n_patients", "prevalence"])
 
-# %% ../nbs/22_evaluate.ipynb #22-038
+# %% ../nbs/22_evaluate.ipynb #22-041
 def update_model(
     run_dir: str | Path,  # with model/model.json
     levels: dict[str, Level],  # of `score_levels`
     **options,  # of `fit_decisions`, `sensitivity` and `coverage` among them
 ) -> dict:  # the new model.json
-    "Write corrections and thresholds, fitted on all held-out patients of the model's fold, into model/model.json."
+    "Write corrections and thresholds, fitted on all held-out patients of the model's folds, into model/model.json."
     card = read_stage(run_dir, "model/model.json")
-    of = card["training"]["folds"][0]
-    mine = {name: d.fold == of["fold"] for name, d in levels.items()}
+    folds, rates = ([of[name] for of in model_folds(card)] for name in ("fold", "keep_rate"))
+    mine = {name: np.isin(d.fold, folds) for name, d in levels.items()}
     known = {name: (d.y[mine[name]], d.x[mine[name]], d.patients[mine[name]]) for name, d in levels.items()}
     fits = {name: fit_decisions(*data, level=name, **options)._asdict() for name, data in known.items()}
-    largest = delivered_table(levels, of["fold"], n_boot=1).groupby("level")["largest"].max()
+    largest = delivered_table(levels, folds, n_boot=1).groupby("level")["largest"].max()
 
     def by_label(level, *names):  # null where there is no finite number
         numbers = [[v if np.isfinite(v) else None for v in fits[level][name].tolist()] for name in names]
         return {label: dict(zip(names, values, strict=True)) for label, *values in zip(LABELS, *numbers, strict=True)}
 
     card["corrections"] = {
-        "keep_rate": of["keep_rate"],
+        "keep_rate": float(np.prod(rates) ** (1 / len(rates))),  # a mean of logits: a geometric mean of shares
         "calibration": by_label("slice", "slope", "intercept"),
         "study_calibration": by_label("study", "slope", "intercept"),
-        "fitted_on": {"slices": len(known["slice"][0]), "patients": len(np.unique(known["slice"][2]))},
+        "fitted_on": {"slices": len(known["slice"][0]), "patients": len(np.unique(known["slice"][2]))}
+        | {"networks": len(folds)},  # each saw the patients of the others' folds, so one alone speaks of each patient
         "largest_distance_to_evaluated": {k: float(v) if pd.notna(v) else None for k, v in largest.items()},
     }
     wanted = {f"wanted_{name}": options[name] for name in ("sensitivity", "coverage")}
@@ -278,7 +289,7 @@ def update_model(
     save_json(card, Path(run_dir) / "model" / "model.json")
     return card
 
-# %% ../nbs/22_evaluate.ipynb #22-042
+# %% ../nbs/22_evaluate.ipynb #22-045
 def evaluate(
     run_dir: str | Path,  # with predictions.parquet and model/
     data_dir: str | Path | None = None,  # the dataset, to say whether it is synthetic
@@ -302,7 +313,7 @@ def evaluate(
     save_table(threshold_table(levels, wanted_sensitivity, **boot), run_dir / "tables" / "thresholds.csv")
     save_table(coverage_table(levels, coverage, **boot), run_dir / "tables" / "conformal.csv")
     card = update_model(run_dir, levels, **options)
-    apart = delivered_table(levels, card["training"]["folds"][0]["fold"], **boot)
+    apart = delivered_table(levels, [of["fold"] for of in model_folds(card)], **boot)
     save_table(apart, run_dir / "tables" / "delivered.csv")
     auc = "AUC of each label on held-out patients, with 95% intervals by patient."
     curves = plot_reliability(reliability, note=note), "Predicted against observed, before and after calibration."

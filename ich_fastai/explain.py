@@ -241,7 +241,7 @@ def find_evidence(
     from ich_fastai.batches import resize_hu, to_input
     from ich_fastai.model import build_model, load_model
 
-    (network, settings, *_), labels = load_model(Path(run_dir) / "model", "cpu"), rows["label"].to_numpy()
+    (network, settings, *_), labels = load_model(Path(run_dir) / "model", "cpu", first=True), rows["label"].to_numpy()
     torch.manual_seed(settings.seed)
     untrained = build_model(settings.arch, settings.n_in, image_size=settings.image_size).eval()
     cache, addresses = Cache(stage_file(run_dir, "cache")), input_addresses(rows, settings.neighbors)

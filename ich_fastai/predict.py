@@ -230,7 +230,7 @@ def predict_held_out(
 ) -> pd.DataFrame:  # as `predict_study` gives it
     "Predict a study of the held-out fold from its files; write predicted.csv and figures/predict.svg."
     run_dir, note, dicom_dir = Path(run_dir), data_note(data_dir), find_dataset(data_dir).dicom_dir
-    model = load_model(run_dir / "model")
+    model = load_model(run_dir / "model", first=True)
     files, truth = _find_held_out(run_dir, model.card["training"]["folds"][0]["fold"])
     slices = predict_study(model, [dicom_dir / file for file in files], all_series=True)
     save_table(slices, run_dir / "predicted.csv")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHT_DECAY', 'CODE', 'split_decay', 'make_learner', 'score_logits', 'gather_rows', 'Journal', 'StopOnNonFinite',
-           'FollowEpochs', 'Checkpoint', 'ShardedTrainer', 'fingerprint', 'Fold', 'fit_fold', 'fit', 'plot_history',
-           'train']
+           'AverageWeights', 'FollowEpochs', 'Checkpoint', 'ShardedTrainer', 'fingerprint', 'Fold', 'fit_fold', 'fit',
+           'plot_history', 'train']
 
 # %% ../nbs/12_train.ipynb #12-002
 import hashlib
@@ -32,6 +32,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model
 from sklearn.metrics import roc_auc_score
+from timm.utils import ModelEmaV3
 from torch.utils._pytree import tree_map
 
 import ich_fastai
@@ -40,7 +41,16 @@ from .labels import LABELS, LOGITS, SUBTYPES
 from .cache import read_size
 from .cohort import training_rows
 from .batches import Settings, find_place, slice_loaders
-from .model import build_model, loss_weights, make_card, make_loss, read_geometry, save_model, share_norms
+from ich_fastai.model import (
+    Average,
+    build_model,
+    loss_weights,
+    make_card,
+    make_loss,
+    read_geometry,
+    save_model,
+    share_norms,
+)
 
 # %% ../nbs/12_train.ipynb #12-007
 def split_decay(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:  # weights of layers; norms and biases
@@ -67,7 +77,7 @@ def make_learner(
     learner = Learner(dls, model, loss, optimizer, **how)
     return learner.to_bf16() if dls.device.type == "cuda" else learner
 
-# %% ../nbs/12_train.ipynb #12-014
+# %% ../nbs/12_train.ipynb #12-013
 def score_logits(
     y: np.ndarray,  # (n, 6) 0 or 1
     logits: np.ndarray,  # (n, 6)
@@ -78,7 +88,7 @@ def score_logits(
     subtypes = [auc[label] for label in SUBTYPES if label in auc]
     return {"auc_any": auc.get("any"), "auc_subtypes": float(np.mean(subtypes)) if subtypes else None}
 
-# %% ../nbs/12_train.ipynb #12-016
+# %% ../nbs/12_train.ipynb #12-015
 def gather_rows(
     outputs: torch.Tensor,  # (m, ...) of this process's share of the evaluation batches
     n: int,  # slices in all
@@ -91,7 +101,7 @@ def gather_rows(
     torch.distributed.all_gather(parts, outputs.contiguous())
     return torch.stack(parts, 1).flatten(0, 1)[:n]
 
-# %% ../nbs/12_train.ipynb #12-018
+# %% ../nbs/12_train.ipynb #12-017
 class Journal(Callback):
     "A row of history per epoch, the logits of the last validation, and a progress bar."
 
@@ -112,6 +122,10 @@ class Journal(Callback):
         self.bar.close()
         self.outputs = []
 
+    def after_pred(self):
+        if not self.training and self.dls.valid.settings.mirror:
+            self.learn.pred = (self.pred + self.model(self.xb[0].flip(-1)).float()) / 2
+
     def after_batch(self):
         if self.training:
             self.losses.append(self.learn.loss.detach())
@@ -129,7 +143,7 @@ class Journal(Callback):
         scores = score_logits(valid.labels.numpy(), self.logits.numpy())
         self.history.append(row | scores | {"seconds": time.perf_counter() - self.start})
 
-# %% ../nbs/12_train.ipynb #12-022
+# %% ../nbs/12_train.ipynb #12-021
 class StopOnNonFinite(Callback):
     "Stop, naming the batch, when a training loss is not finite."
 
@@ -155,7 +169,25 @@ class StopOnNonFinite(Callback):
             where = f"epoch {self.epoch + 1}, batch {first + 1} of {len(loader)}, with the slices {names}"
             raise InputError(f"the loss is not finite in {where}: lower lr, or look at these slices")
 
-# %% ../nbs/12_train.ipynb #12-025
+# %% ../nbs/12_train.ipynb #12-024
+class AverageWeights(Callback):
+    "A running average of the weights, to validate with and to keep."
+
+    order = 62
+
+    def __init__(self, network: torch.nn.Module, decay: float):  # on its device; 0 to 1
+        self.ema = ModelEmaV3(network, decay, use_warmup=True)
+
+    def after_step(self):
+        self.ema.update(get_model(self.learn.model), self.epoch * len(self.dl) + self.iter + 1)
+
+    def before_validate(self):
+        self.trained, self.learn.model = self.learn.model, self.ema.module
+
+    def after_validate(self):
+        self.learn.model = self.trained
+
+# %% ../nbs/12_train.ipynb #12-027
 class FollowEpochs(Callback):
     "Tell the training batches which epoch it is, and seed what the network draws in it (dropout)."
 
@@ -166,7 +198,7 @@ class FollowEpochs(Callback):
         loader.epoch, key = self.epoch, [loader.settings.seed, self.epoch, loader.place.rank]
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
-# %% ../nbs/12_train.ipynb #12-028
+# %% ../nbs/12_train.ipynb #12-030
 class Checkpoint(Callback):
     "Write the whole state of training after each epoch."
 
@@ -180,9 +212,13 @@ class Checkpoint(Callback):
         state |= {"model": get_model(self.learn.model).state_dict(), "history": journal.history}
         # fastai's schedules leave numpy's numbers in the optimizer, which weights_only=True refuses
         plain = tree_map(lambda v: v.item() if isinstance(v, np.generic) else v, self.opt.state_dict())
-        state |= {"optimizer": plain, "logits": journal.logits}
+        state |= {"optimizer": plain, "logits": journal.logits, "averaged": self.averaged().state_dict()}
         if self.dls.train.place.rank == 0:
             write_file(self.path, lambda p: torch.save(state, p))
+
+    def averaged(self) -> torch.nn.Module:
+        average = getattr(self.learn, "average_weights", None)
+        return average.ema.module if average else torch.nn.Module()
 
     def resume(self) -> int:  # epochs that are done
         "Take up the state of the file where there is one of the same fingerprint."
@@ -193,10 +229,11 @@ class Checkpoint(Callback):
         learner.create_opt()
         learner.model.load_state_dict(state["model"])
         learner.opt.load_state_dict(state["optimizer"])
+        self.averaged().load_state_dict(state["averaged"])
         learner.journal.history, learner.journal.logits = state["history"], state["logits"].cpu()
         return state["epoch"]
 
-# %% ../nbs/12_train.ipynb #12-032
+# %% ../nbs/12_train.ipynb #12-033
 class ShardedTrainer(DistributedTrainer):
     "fastai's trainer for several processes, for batches that are shared out already."
 
@@ -207,7 +244,7 @@ class ShardedTrainer(DistributedTrainer):
     def _wrap_dl(self, dl):
         return dl
 
-# %% ../nbs/12_train.ipynb #12-034
+# %% ../nbs/12_train.ipynb #12-035
 def _train(learner: Learner, settings: Settings) -> None:
     "Run the one-cycle schedule, from the checkpoint's epoch on where there is one."
     start, device = learner.checkpoint.resume(), learner.dls.device
@@ -273,14 +310,16 @@ def fit_fold(
     network = build_model(settings.arch, settings.n_in, settings.pretrained_from, settings.image_size)
     journal = Journal(progress and place.rank == 0, f"fold {fold}")
     checkpoint = Checkpoint(Path(folder) / f"fold-{fold}.pt", fingerprint(settings, read_size(cache_dir), rows))
-    callbacks = [FollowEpochs(), journal, StopOnNonFinite(), checkpoint]
+    average = [AverageWeights(network.to(place.device), settings.ema)] if settings.ema else []
+    callbacks = [FollowEpochs(), journal, StopOnNonFinite(), *average, checkpoint]
     learner = make_learner(dls, network, make_loss(weights, place.device), callbacks)
     _train(learner, settings)
     facts: dict = {"fold": fold, "slices": len(rows), "positives": int(rows["any"].sum()), "keep_rate": keep_rate}
     facts |= {"images_seen": settings.epochs * len(dls.train) * dls.train.bs}
     facts |= {"loss_weights": weights.round(6).to_dict(), "fingerprint": checkpoint.fingerprint}
     predictions = _prediction_table(cohort[cohort["fold"] == fold], journal.logits.numpy(), keep_rate)
-    return Fold(learner.model, predictions, pd.DataFrame(journal.history).assign(fold=fold), facts)
+    kept = average[0].ema.module if average else learner.model
+    return Fold(kept, predictions, pd.DataFrame(journal.history).assign(fold=fold), facts)
 
 # %% ../nbs/12_train.ipynb #12-043
 def fit(
@@ -291,7 +330,7 @@ def fit(
     folds: Sequence[int] = (0,),  # to hold out, each with a network of its own
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # predictions of every slice of the held-out folds
-    "Write the model of the first fold and the predictions of all. Killed, the same call goes on."
+    "Write the model and the predictions of all folds. Killed, the same call goes on."
     out = Path(out or run_dir)
     cohort, cache_dir = read_stage(run_dir, "cohort.parquet"), stage_file(run_dir, "cache")
     known = sorted(set(cohort["fold"].tolist()))
@@ -304,7 +343,8 @@ def fit(
         card = make_card(settings, read_size(cache_dir), [f.facts for f in done], read_geometry(run_dir, cohort))
         save_table(pd.concat([fold.history for fold in done]), out / "model" / "history.csv")
         save_table(predictions, out / "predictions.parquet")
-        save_model(done[0].network, card, out / "model")
+        networks = [fold.network for fold in done]
+        save_model(Average(networks) if len(networks) > 1 else networks[0], card, out / "model")
         shutil.rmtree(checkpoints, ignore_errors=True)
     return predictions
 

@@ -319,7 +319,7 @@ def view_held_out(
 ) -> pd.DataFrame:  # as `pick_studies` gives it, with the names of the pages
     "Pages of three held-out studies into viewer/; tables/viewer.csv, figures/viewer.png."
     run_dir, note, dicom_dir = Path(run_dir), data_note(data_dir), find_dataset(data_dir).dicom_dir
-    model, table = load_model(run_dir / "model"), read_stage(run_dir, "slices.parquet")
+    model, table = load_model(run_dir / "model", first=True), read_stage(run_dir, "slices.parquet")
     rows = read_stage(run_dir, "predictions.parquet")
     rows = rows[rows["fold"] == model.card["training"]["folds"][0]["fold"]]
     picked, pictures = pick_studies(rows, model.card), {}

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -25,8 +26,10 @@ from ich_fastai.cohort import training_rows
 from ich_fastai.core import InputError, read_stage
 from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.metrics import weighted_log_loss
+from ich_fastai.reproduce import STAGES, check_parameters, declared_parameters, read_preset
 from ich_fastai.model import (
     PACKAGED,
+    Average,
     build_model,
     can_reach_hub,
     load_model,
@@ -131,12 +134,50 @@ def test_predictions_are_the_saved_network_on_untouched_held_out_slices(trained,
     held_out = pd.concat([cohort[cohort["fold"] == k] for k in (0, 2)])
     assert predictions["SOPInstanceUID"].tolist() == held_out["SOPInstanceUID"].tolist()
     assert pd.read_parquet(run_dir / "predictions.parquet").equals(predictions)
-    model = load_model(run_dir / "model", "cpu")
+    model = load_model(run_dir / "model", "cpu", first=True)
     assert model.settings == settings and Settings(**model.card["settings"]) == settings
     plain = SliceBatches(cohort[cohort["fold"] == 0], run_dir / "cache", model.settings, train=False)
     with torch.no_grad():
         logits = torch.cat([model.network(x) for x, _ in plain]).numpy()
     assert np.allclose(logits, predictions.loc[predictions["fold"] == 0, LOGITS], atol=1e-4)
+
+
+def test_a_model_of_two_folds_averages_two_networks(trained, tmp_path):
+    run_dir, settings, _ = trained
+    folder, x = shutil.copytree(run_dir / "model", tmp_path / "model"), torch.rand(3, 1, 32, 32)
+    card = read_stage(run_dir, "model/model.json")
+    assert card["networks"] == ["weights.safetensors", "weights-2.safetensors"]
+    each = []
+    for name in card["networks"]:
+        each.append(build_model(settings.arch, 1).eval())
+        each[-1].load_state_dict(load_file(folder / name))
+    with torch.no_grad():
+        logits = [network(x) for network in each]
+        assert not torch.allclose(*logits) and torch.equal(load_model(folder, "cpu", first=True).network(x), logits[0])
+        assert torch.allclose(load_model(folder, "cpu").network(x), sum(logits) / 2, atol=1e-6)
+        del card["networks"]  # as a version without ensembles wrote it
+        (folder / "model.json").write_text(json.dumps(card))
+        assert torch.equal(load_model(folder, "cpu").network(x), logits[0])
+    save_model(each[1], card, folder)
+    assert sorted(p.name for p in folder.glob("*.safetensors")) == ["weights.safetensors"], "what is stale is gone"
+    save_model(Average(each), card, folder)
+    (folder / "weights-2.safetensors").unlink()
+    with pytest.raises(InputError, match="weights-2.safetensors") as error:
+        load_model(folder, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_averaged_weights_and_mirrored_slices_are_what_predicts_and_what_is_kept(cohort, tmp_path):
+    settings = replace(QUICK, epochs=2, ema=0.9, mirror=True)
+    run_dir, plain = run_folder(tmp_path / "run", cohort), run_folder(tmp_path / "plain", cohort)
+    predictions = fit(run_dir, settings)[LOGITS].to_numpy()
+    fit(plain, replace(settings, ema=0.0))
+    model, last = (load_model(folder / "model", "cpu").network for folder in (run_dir, plain))
+    batches = list(SliceBatches(cohort[cohort["fold"] == 0], run_dir / "cache", settings, train=False))
+    with torch.no_grad():
+        kept, trained, one_view = (torch.cat([f(x) for x, _ in batches]) for f in (model, last, model.networks[0]))
+    assert np.allclose(kept, predictions, atol=1e-4)
+    assert not np.allclose(kept, trained, atol=1e-2) and not np.allclose(kept, one_view, atol=1e-3)
 
 
 def test_what_was_done_is_written_down(trained, cohort):
@@ -224,6 +265,23 @@ def test_what_would_come_out_otherwise_is_trained_again(short_run, cohort):
         relabelled = cohort.assign(epidural=cohort["epidural"].where(cohort["fold"] != fold, 1))
         relabelled.to_parquet(run_dir / "cohort.parquet")
         assert list(train_them("none+none", seeds=1).values()) == [1], fold
+
+
+def test_the_strong_preset_trains_at_toy_size(cohort, tmp_path):
+    "Its own parameters but for the sizes: a smaller network of its family, from scratch, few small slices."
+    given = read_preset("strong")
+    given = check_parameters(given, {name: declared_parameters(name) for name in STAGES})
+    assert timm.get_pretrained_cfg(given["arch"]).input_size[-1] == given["image_size"] <= given["cache_size"]
+    declared = declared_parameters("12_train")
+    mine = {name: value for name, value in given.items() if name in declared and name != "folds"}
+    toy = {"arch": "test_maxvit", "image_size": 160, "pretrained_from": "", "batch_size": 4, "epoch_size": 8}
+    settings = Settings(**mine | toy | {"windows": named_windows(mine["windows"])})
+    run_dir = run_folder(tmp_path / "run", cohort[cohort.groupby("fold").cumcount() < 4].reset_index(drop=True))
+    predictions = fit(run_dir, settings)
+    network = load_model(run_dir / "model", "cpu").network
+    assert np.isfinite(predictions[LOGITS]).all(axis=None) and isinstance(network, Average) == settings.mirror
+    history = history_of(run_dir)
+    assert len(history) == given["epochs"] and settings.ema == 0.999 and settings.n_in == 9
 
 
 EXACT = """
@@ -323,9 +381,11 @@ def test_killed_after_an_epoch_and_resumed_ends_as_if_uninterrupted(cohort, tmp_
     assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
 
 
-@pytest.mark.parametrize("lr", [3e-3, 0.1])
-def test_broken_off_here_it_is_the_same_bit_for_bit_and_other_settings_start_anew(cohort, tmp_path, monkeypatch, lr):
-    settings = replace(QUICK, epochs=2)
+@pytest.mark.parametrize("lr, ema", [(3e-3, 0.9), (0.1, 0.0)])
+def test_broken_off_here_it_is_the_same_bit_for_bit_and_other_settings_start_anew(
+    cohort, tmp_path, monkeypatch, lr, ema
+):
+    settings = replace(QUICK, epochs=2, ema=ema)
     whole, resumed = (run_folder(tmp_path / name, cohort) for name in ("whole", "resumed"))
     fit(whole, settings)
     write = train.Checkpoint.after_validate
@@ -378,8 +438,6 @@ def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch):
 
 
 def test_weights_from_a_file_start_the_backbone_and_fit_any_number_of_channels(tmp_path):
-    import timm
-
     state = timm.create_model("resnet10t").state_dict()
     save_file(state, tmp_path / "weights.safetensors")
     mine = build_model("resnet10t", 9, str(tmp_path / "weights.safetensors")).state_dict()
@@ -394,7 +452,6 @@ LITE = PACKAGED["lite0"].arch
 
 def test_weights_from_a_package_know_pictures(monkeypatch):
     "A tensor in the wrong place would spoil it; nothing is asked of any network."
-    import timm
     from sklearn.datasets import load_sample_image
 
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("no network is needed"))
