@@ -28,10 +28,11 @@ def describe_model(
 ) -> dict:  # architecture, weights_sha256, trained_on, fitted_on, largest_distance_to_evaluated, versions
     "What to know of a model to tell its answers from another's."
     corrections, training = card["corrections"], card["training"]["folds"][0]
+    networks = [(Path(folder) / name).read_bytes() for name in card.get("networks", ["weights.safetensors"])]
     packages = ("ich_fastai", "torch", "timm", "pydicom")
     return {
         "architecture": card["settings"]["arch"],
-        "weights_sha256": hashlib.sha256((Path(folder) / "weights.safetensors").read_bytes()).hexdigest(),
+        "weights_sha256": hashlib.sha256(b"".join(networks)).hexdigest(),
         "trained_on": {name: training.get(name) for name in ("slices", "positives")},
         "fitted_on": corrections.get("fitted_on"),
         "largest_distance_to_evaluated": corrections.get("largest_distance_to_evaluated"),

@@ -439,6 +439,28 @@ def test_what_is_delivered_is_near_what_was_evaluated(simulated_run, write_predi
         assert card["corrections"]["largest_distance_to_evaluated"][level] == pytest.approx(apart.max(), abs=1e-9)
 
 
+def test_a_model_of_several_networks_is_fitted_on_all_their_folds_and_says_what_was_not_evaluated(
+    simulated_run, write_predictions, tmp_path
+):
+    run_dir = shutil.copytree(simulated_run, tmp_path / "run")
+    rows = pd.read_parquet(run_dir / "cohort.parquet").query("fold < 2")
+    write_predictions(run_dir, rows, (0, 1))
+    path = run_dir / "model" / "model.json"
+    card = json.loads(path.read_text())
+    card["training"]["folds"][1]["keep_rate"] = 0.1  # the other's is 0.4
+    path.write_text(json.dumps(card | {"networks": ["weights.safetensors", "weights-2.safetensors"]}))
+    evaluate(run_dir, None, n_boot=20)
+    corrections = json.loads(path.read_text())["corrections"]
+    assert corrections["fitted_on"] == {"slices": len(rows), "patients": rows["PatientID"].nunique(), "networks": 2}
+    assert corrections["keep_rate"] == pytest.approx(0.2)
+    assert set(corrections["largest_distance_to_evaluated"].values()) == {None}
+    table = pd.read_csv(run_dir / "tables" / "delivered.csv")
+    assert table["value"].isna().all() and table["note"].str.contains("mean of 2 networks was not evaluated").all()
+    d = score_levels(read_predictions(run_dir))["slice"]
+    fit = fit_decisions(d.y, d.x, d.patients)
+    assert corrections["calibration"]["any"]["slope"] == pytest.approx(fit.slope[-1])
+
+
 @pytest.mark.parametrize("name", ["metrics", "thresholds", "conformal", "reliability", "delivered"])
 def test_every_result_has_n_prevalence_and_an_interval_or_says_why_not(simulated_run, write_predictions, name):
     cohort = pd.read_parquet(simulated_run / "cohort.parquet")
