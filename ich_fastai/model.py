@@ -10,7 +10,6 @@ __all__ = ['PACKAGED', 'loss_weights', 'make_loss', 'Packaged', 'read_packaged',
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import threading
 import warnings
 from dataclasses import asdict
@@ -22,8 +21,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import InputError, read_stage, save_json, write_file
+from .core import MARKED, InputError, read_run_file, read_stage, save_json, write_checked
 from .labels import LABELS, class_weights
+from .cohort import name_series
 from .batches import Settings, resize_hu, to_input
 
 # %% ../nbs/11_model.ipynb #11-008
@@ -236,7 +236,7 @@ def measure_geometry(
     "What the network's slices were in millimeters: side of the square ones, and from slice to slice of a series."
     square = slices[slices["rows"].eq(slices["columns"])]
     field = (square["rows"] * square["pixel_spacing_row_mm"]).dropna().astype(float)
-    z = slices.dropna(subset=["z_mm"]).sort_values("z_mm").groupby("SeriesInstanceUID", dropna=False)["z_mm"]
+    z = slices.dropna(subset=["z_mm"]).sort_values("z_mm").pipe(lambda t: t["z_mm"].groupby(name_series(t)))
     spacing = z.apply(lambda v: v.diff()[lambda d: d > 0.01].median()).dropna().astype(float)
     if field.empty or spacing.empty:
         return None
@@ -294,27 +294,29 @@ def save_model(
     from safetensors.torch import save_file
 
     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    write_file(Path(folder) / "weights.safetensors", lambda p: save_file(state, p))
-    save_json(card, Path(folder) / "model.json")
+    write_checked(Path(folder) / "weights.safetensors", lambda p: save_file(state, p, MARKED))
+    save_json(card, Path(folder) / "model.json", checked=True)
 
 # %% ../nbs/11_model.ipynb #11-046
 def load_model(
     folder: str | Path,  # model/ of a run
     device: str | None = None,  # "cuda", "cpu"; CUDA where there is one by default
 ) -> Model:
-    "The model of a run. Raises `InputError` where the folder holds none, or one of an earlier version."
-    from safetensors.torch import load_file
+    "The model of a run. Raises `InputError` where the folder holds none, a damaged one, or one of an earlier version."
+    from safetensors.torch import load
 
     where, files = _find_device(device), [Path(folder) / name for name in ("model.json", "weights.safetensors")]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise InputError(f"{folder}: no {missing[0]} there; give the model/ folder of a finished run")
+        raise InputError(
+            f"{folder}: no {missing[0]} there; give the model/ folder of a finished run (12_train makes it)"
+        )
+    card, state = read_run_file(files[0]), read_run_file(files[1], lambda f: load(f.getvalue()))
     try:
-        card = json.loads(files[0].read_text())
         settings = Settings(**card["settings"])
         network = build_model(settings.arch, settings.n_in, image_size=settings.image_size)
-        network.load_state_dict(load_file(files[1]))
-    except Exception as e:  # whatever the readers of JSON and of weights raise
+        network.load_state_dict(state)
+    except Exception as e:  # whatever settings and weights of another version make them raise
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
         raise InputError(f"{folder}: not a model of this version ({why}); train again with notebook 12") from e
     return Model(network.eval().to(where), settings, card, where)

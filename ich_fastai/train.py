@@ -35,7 +35,8 @@ from sklearn.metrics import roc_auc_score
 from torch.utils._pytree import tree_map
 
 import ich_fastai
-from .core import COLORS, InputError, read_stage, save_figure, save_table, stage_file, write_file
+from .core import COLORS, InputError, read_run_file, read_stage, save_figure, save_table
+from .core import stage_file, write_file
 from .labels import LABELS, LOGITS, SUBTYPES
 from .cache import read_size
 from .cohort import training_rows
@@ -180,14 +181,14 @@ class Checkpoint(Callback):
         state |= {"model": get_model(self.learn.model).state_dict(), "history": journal.history}
         # fastai's schedules leave numpy's numbers in the optimizer, which weights_only=True refuses
         plain = tree_map(lambda v: v.item() if isinstance(v, np.generic) else v, self.opt.state_dict())
-        state |= {"optimizer": plain, "logits": journal.logits}
         if self.dls.train.place.rank == 0:
-            write_file(self.path, lambda p: torch.save(state, p))
+            write_file(self.path, lambda p: torch.save(state | {"optimizer": plain, "logits": journal.logits}, p))
 
     def resume(self) -> int:  # epochs that are done
         "Take up the state of the file where there is one of the same fingerprint."
         learner = self.learn
-        state = torch.load(self.path, map_location=learner.dls.device, weights_only=True) if self.path.is_file() else {}
+        load = partial(torch.load, map_location=learner.dls.device, weights_only=True)
+        state = read_run_file(self.path, load, "delete it, to start anew") if self.path.is_file() else {}
         if state.get("fingerprint") != self.fingerprint:
             return 0
         learner.create_opt()
