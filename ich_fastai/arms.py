@@ -6,7 +6,6 @@
 __all__ = ['Training', 'plan_arms', 'is_trained', 'remove_stale', 'train_arms', 'read_arms']
 
 # %% ../nbs/16_arms.ipynb #16-002
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -64,10 +63,10 @@ def is_trained(
     "Does its folder hold this very training, finished?"
     columns = ["SOPInstanceUID", *LABELS]
     try:
-        card = json.loads((training.folder / "model" / "model.json").read_text("utf-8"))
-        found = pd.read_parquet(training.folder / "predictions.parquet", columns=columns)
+        card = read_stage(training.folder, "model/model.json")
+        found = read_stage(training.folder, "predictions.parquet")[columns]
         marks = [(facts["fold"], facts["fingerprint"]) for facts in card["training"]["folds"]]
-    except (OSError, ValueError, KeyError):  # missing, damaged, of an earlier version
+    except (InputError, KeyError):  # missing, damaged, of an earlier version
         return False
     rows = training_rows(cohort, fold, training.settings.balance)[0]
     held_out = cohort.loc[cohort["fold"] == fold, columns].reset_index(drop=True)
@@ -116,13 +115,13 @@ def read_arms(
     "What each training predicts, to be read as the main model is. Raises `InputError` for other slices, and for none."
     ids, main = None, Path(run_dir) / "model" / "model.json"
     smooth = read_stage(run_dir, "model/model.json").get("smooth") if main.is_file() else None
-    for path in sorted((Path(run_dir) / "arms").glob("*/seed-*/predictions.parquet")):
-        table = pd.read_parquet(path)
+    for path in sorted((Path(run_dir) / "arms").glob("*/seed-*")):
+        table = read_stage(path, "predictions.parquet")
         table = table if smooth is None else place_slices(table, run_dir, smooth)
         table = table.set_index("SOPInstanceUID", drop=False)
         ids = table.index if ids is None else ids
         if len(table) != len(ids) or not table.index.isin(ids).all():
-            raise InputError(f"{path.parent}: its slices are not those of the first arm; delete arms/, run 25 again")
-        yield path.parts[-3], int(path.parts[-2].removeprefix("seed-")), table.loc[ids].reset_index(drop=True)
+            raise InputError(f"{path}: its slices are not those of the first arm; delete arms/, run 25 again")
+        yield path.parts[-2], int(path.name.removeprefix("seed-")), table.loc[ids].reset_index(drop=True)
     if ids is None:
         raise InputError(f"{run_dir}/arms: no arm is there; notebook 25 trains them")

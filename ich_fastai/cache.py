@@ -4,26 +4,29 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'EXPLICIT_LE', 'IMPLICIT_LE', 'DECODE_SECONDS', 'DECODE_BYTES', 'COLUMNS', 'SCHEMA', 'SHARD_ROWS',
-           'NPY_HEADER', 'find_elements', 'parse_value', 'walk_header', 'clear_unused_bits', 'add_intercept',
-           'count_brain', 'read_plain', 'read_into', 'Decoder', 'resize_slice', 'read_row', 'make_table', 'shard_paths',
-           'write_shard', 'read_shard', 'save_settings', 'read_size', 'Cache']
+           'NPY_HEADER', 'TRANSIENT', 'find_elements', 'parse_value', 'walk_header', 'clear_unused_bits',
+           'add_intercept', 'count_brain', 'read_plain', 'read_into', 'Decoder', 'resize_slice', 'read_row',
+           'make_table', 'shard_paths', 'write_shard', 'read_shard', 'save_settings', 'read_size', 'Cache']
 
 # %% ../nbs/07_cache.ipynb #07-002
 import json
 import os
 import struct
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
 from mmap import ACCESS_READ, MADV_RANDOM, MADV_WILLNEED, PAGESIZE, mmap
 from pathlib import Path
+from zlib import crc32
 
 import cv2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from pyarrow.parquet import write_table
+from pyarrow.parquet import read_table, write_table
 
-from .core import DicomError, Helper, InputError, open_file, printable, save_json, write_file
+from .core import MARKED, MAX_TEXT, DicomError, InputError, how_again, open_file, printable, read_run_file
+from .core import save_json, write_checked, write_file
+from .workers import Helper, WorkerLost
 from .dicom import Header, SliceRecord, brain_fraction, check_header, convert_slice, read_slice, rescale
 
 # %% ../nbs/07_cache.ipynb #07-007
@@ -93,8 +96,8 @@ def parse_value(
     text = raw.decode("ascii").strip(" \0")
     if not text or vr == b"DS":
         return tuple(map(float, text.split("\\"))) if text else None
-    if "\\" in text or not text.isprintable():
-        raise ValueError("several values or another character set")
+    if "\\" in text or not text.isprintable() or len(text) > MAX_TEXT:
+        raise ValueError("several values, another character set, too long")
     return int(text) if vr == b"IS" else text
 
 # %% ../nbs/07_cache.ipynb #07-014
@@ -205,17 +208,16 @@ class Decoder(Helper):
         self,
         data: memoryview,  # a DICOM file; its pixels are overwritten
     ) -> tuple[np.ndarray, SliceRecord]:  # (H, W) int16 HU
-        "HU and record. Raises `DicomError`, also where the decoder dies or takes too long."
-        plain = read_plain(data, in_place=True)
-        if plain is not None:
+        "HU and record. Raises `DicomError`, `not decoded` where the decoder was killed, too slow or not to be had."
+        if (plain := read_plain(data, in_place=True)) is not None:
             return plain
         try:
             return self(data, DECODE_SECONDS)
         except DicomError:
             raise
-        except TimeoutError as e:
-            raise DicomError(f"cannot be decoded: the decoder took more than {DECODE_SECONDS} s") from e
-        except (EOFError, OSError) as e:
+        except WorkerLost as e:
+            raise DicomError(f"not decoded: the decoder {e}; to be tried again") from e
+        except EOFError as e:
             raise DicomError("cannot be decoded: the decoder crashed") from e
         except Exception as e:  # whatever a broken file makes the decoder raise
             raise DicomError(f"cannot be decoded: {type(e).__name__}: {e}"[:1000]) from e
@@ -253,9 +255,10 @@ def read_row(
 _KINDS = {str: "string", int: "Int32", float: "float64", bool: "boolean"}
 COLUMNS = {"file": "string"} | {name: _KINDS[kind] for name, kind in SliceRecord.__annotations__.items()}
 COLUMNS |= {"BitsStored": "Int16", "PixelRepresentation": "Int8", "bytes": "Int64", "modified_ns": "Int64"}
-COLUMNS |= {"shard": "Int32", "row": "Int32", "error": "string"}
+COLUMNS |= {"crc32": "Int64", "shard": "Int32", "row": "Int32", "error": "string"}  # of the cached slice
 _EMPTY = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in COLUMNS.items()})
 SCHEMA = pa.Schema.from_pandas(_EMPTY, preserve_index=False)
+SCHEMA = SCHEMA.with_metadata(SCHEMA.metadata | MARKED)
 
 
 def make_table(
@@ -282,8 +285,6 @@ def _write_header(file, n: int, size: int) -> None:
     "numpy's .npy header for (n, size, size) int16, the same length for any n: it is written again when n is known."
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, {"descr": "<i2", "fortran_order": False, "shape": (n, size, size)})
-    if file.tell() != NPY_HEADER:
-        raise RuntimeError(f"numpy's header has {file.tell()} bytes, not {NPY_HEADER}")
 
 # %% ../nbs/07_cache.ipynb #07-047
 def _write_pixels(path: Path, files, size: int, rows: list, tick) -> None:
@@ -294,8 +295,8 @@ def _write_pixels(path: Path, files, size: int, rows: list, tick) -> None:
         for file in files:
             pixels, row = read_row(file, size, decoder, buffer)
             if pixels is not None:
-                f.write(np.ascontiguousarray(pixels, "<i2"))
-                row["row"], n = n, n + 1
+                f.write(stored := np.ascontiguousarray(pixels, "<i2"))
+                row["crc32"], row["row"], n = crc32(stored), n, n + 1
             rows.append(row)
             tick(row.get("bytes", 0))
         _write_header(f, n, size)
@@ -317,12 +318,15 @@ def write_shard(
         paths = [os.path.join(dicom_dir, file) for file in files]
         write_file(pixels_path, lambda p: _write_pixels(p, paths, size, rows, tick))
         table = make_table([row | {"shard": number} for row in rows])
-        write_file(table_path, lambda p: write_table(table, p))
+        write_checked(table_path, lambda p: write_table(table, p))
     finally:
         cv2.setNumThreads(threads)
     return table.select(["file", "bytes", "error"]).to_pandas()
 
 # %% ../nbs/07_cache.ipynb #07-053
+TRANSIENT = ("not decoded", "cannot be read")  # kinds of error that may be gone the next time
+
+
 def read_shard(
     cache_dir: str | Path,
     number: int,  # of the shard
@@ -330,28 +334,25 @@ def read_shard(
 ) -> pd.DataFrame | None:  # columns file, bytes, modified_ns, row, shard, error
     "A finished shard's table, None where the shard is not done."
     pixels, table = shard_paths(cache_dir, number)
+    columns = ["file", "bytes", "modified_ns", "row", "shard", "crc32", "error"]
     try:
-        rows = pd.read_parquet(table, columns=["file", "bytes", "modified_ns", "row", "shard", "error"])
+        rows = read_run_file(table, partial(pd.read_parquet, columns=columns)).drop(columns="crc32")
         right = pixels.stat().st_size == NPY_HEADER + 2 * size * size * int(rows["row"].notna().sum())
-    except (OSError, ValueError, KeyError):  # pyarrow's errors are ValueErrors
+    except (InputError, OSError):
         return None
-    return rows if right else None
+    return rows if right and not rows["error"].str.startswith(TRANSIENT).any() else None
 
 # %% ../nbs/07_cache.ipynb #07-056
 def save_settings(cache_dir: str | Path, size: int) -> None:  # px, side of the cached slices
     "Write `cache.json`: what every reader of the cache must know."
-    about = {"size": size, "dtype": "int16", "unit": "HU", "shard_rows": SHARD_ROWS}
-    about["resize"] = "OpenCV INTER_AREA; INTER_LINEAR where a side grows"
-    save_json(about, Path(cache_dir) / "cache.json")
+    about = {"size": size, "dtype": "int16", "unit": "HU", "shard_rows": SHARD_ROWS, "resize": "area; linear upward"}
+    save_json(about, Path(cache_dir) / "cache.json", checked=True)
 
 # %% ../nbs/07_cache.ipynb #07-057
 def read_size(cache_dir: str | Path) -> int:  # px, side of the cached slices
     "What `cache.json` says. Raises `InputError` where it cannot be read."
     path = Path(cache_dir) / "cache.json"
-    try:
-        return int(json.loads(path.read_text())["size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: missing or damaged; delete its folder and run notebook 08_ingest again") from None
+    return read_run_file(path, lambda f: int(json.load(f)["size"]), f"delete {cache_dir}, run notebook 08_ingest again")
 
 # %% ../nbs/07_cache.ipynb #07-060
 class Cache:
@@ -362,34 +363,39 @@ class Cache:
         self.size, self.threads = read_size(self.folder), ThreadPoolExecutor(8)
         self._pages = lru_cache(256)(self._map)  # each holds a file open: RSNA has 659 shards, a process 1,024 files
 
-    def _map(self, number: int) -> mmap:
-        "The memory map of a shard, to be read here and there."
-        path = shard_paths(self.folder, number)[0]
-        if not path.is_file():
-            raise InputError(f"{path}: not there; run notebook 08_ingest again")
+    def _map(self, number: int) -> tuple[mmap, dict[int, int]]:
+        "A shard's memory map, to be read here and there; by row, the checksums of its slices that were not read yet."
+        path, table = shard_paths(self.folder, number)
+        if not path.is_file() or not path.stat().st_size:
+            raise InputError(f"{path}: not there, or empty; {how_again(path)}")
         with open(path, "rb") as f:
             pages = mmap(f.fileno(), 0, access=ACCESS_READ)
         pages.madvise(MADV_RANDOM)
-        return pages
+        rows = read_run_file(table, read_table).to_pydict() if table.is_file() else {}
+        return pages, dict(zip(rows.get("row", ()), rows.get("crc32", ()), strict=False))
 
     def _copy(self, pairs: list[tuple[int, np.ndarray]]) -> None:
         "Fill each array with the slice at its address."
         for address, pixels in pairs:
-            pages, start = self._pages(address // SHARD_ROWS), NPY_HEADER + address % SHARD_ROWS * pixels.nbytes
+            number, row = divmod(address, SHARD_ROWS)
+            (pages, sums), start = self._pages(number), NPY_HEADER + row * pixels.nbytes
+            path = shard_paths(self.folder, number)[0]
             if start + pixels.nbytes > len(pages):
-                raise InputError(f"{self.folder}: a shard is shorter than its table says; run notebook 08_ingest again")
-            before = start % PAGESIZE  # advice begins at a page
-            pages.madvise(MADV_WILLNEED, start - before, before + pixels.nbytes)
+                raise InputError(f"{path}: shorter than its table says; {how_again(path)}")
+            pages.madvise(MADV_WILLNEED, start - start % PAGESIZE, start % PAGESIZE + pixels.nbytes)  # from a page on
             pixels.ravel()[:] = np.frombuffer(pages, "<i2", pixels.size, start)
+            if (known := sums.pop(row, None)) is not None and crc32(pixels.data) != known:
+                raise InputError(f"{path}: damaged, slice {row} has another checksum; delete it, {how_again(path)}")
 
     def gather(
         self,
         addresses: np.ndarray,  # int64, any shape
         out: np.ndarray | None = None,  # int16, addresses.shape + (size, size), to write into
     ) -> np.ndarray:  # int16 HU, addresses.shape + (size, size)
-        "The slices at these addresses. Raises `InputError` for a shard that is gone or too short."
+        "The slices at these addresses. Raises `InputError` for a shard that is gone, too short or changed."
         addresses = np.asarray(addresses, dtype=np.int64)
         out = np.empty((*addresses.shape, self.size, self.size), np.int16) if out is None else out
         pairs = list(zip(addresses.ravel().tolist(), out.reshape(-1, self.size, self.size), strict=True))
-        list(self.threads.map(self._copy, [pairs[k::8] for k in range(min(8, len(pairs)))]))
+        copying = [self.threads.submit(self._copy, pairs[k::8]) for k in range(min(8, len(pairs)))]
+        _ = [done.result() for done in wait(copying).done]  # none goes on when one has failed
         return out

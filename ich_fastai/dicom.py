@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .core import MAX_BYTES, WINDOWS, DicomError, InputError, plot_row, read_file, save_figure, window
+from .core import MAX_BYTES, WINDOWS, DicomError, InputError, forget_codecs, plot_row, read_file
+from .core import save_figure, shorten_id, window
 
 # %% ../nbs/02_dicom.ipynb #02-012
 def slice_position(
@@ -29,8 +30,7 @@ def slice_position(
     "The position of a slice along its own normal."
     if len(position) != 3 or len(orientation) != 6:
         return math.nan
-    (a, b, c), (d, e, f) = orientation[:3], orientation[3:]
-    x, y, z = position
+    (a, b, c), (d, e, f), (x, y, z) = orientation[:3], orientation[3:], position
     return x * (b * f - c * e) + y * (c * d - a * f) + z * (a * e - b * d)
 
 # %% ../nbs/02_dicom.ipynb #02-017
@@ -42,7 +42,7 @@ def _read_bare(data: bytes | memoryview):
     syntaxes = ExplicitVRLittleEndian, ImplicitVRLittleEndian
     if bytes(data[:2]) not in (b"\2\0", b"\10\0"):
         raise DicomError("not a DICOM file: no DICM at byte 128")
-    dataset = dcmread(io.BytesIO(data), force=True)
+    dataset = forget_codecs(dcmread(io.BytesIO(data), force=True))
     if "TransferSyntaxUID" not in dataset.file_meta:
         dataset.file_meta.TransferSyntaxUID = syntaxes[dataset.original_encoding[0]]
     return dataset
@@ -64,7 +64,7 @@ def _read_dataset(data: bytes | memoryview):
         if inflate.unconsumed_tail:
             raise DicomError("file too large: inflates without end")
     file.seek(0)
-    return dcmread(file)
+    return forget_codecs(dcmread(file))
 
 
 def _read_image(data: bytes | memoryview):
@@ -105,13 +105,13 @@ class Header(NamedTuple):
 
 # %% ../nbs/02_dicom.ipynb #02-022
 def _convert(value, kind: type):
-    "A pydicom value as `kind`: str without its padding, int, or tuple of float. None where it is empty."
+    "A pydicom value as `kind`: printable text without padding, int, or tuple of float. None where it is empty."
     if value is None or isinstance(value, str | bytes) and not value:
         return None
     values = list(value) if isinstance(value, MutableSequence | tuple) else [value]
     if kind is tuple:
         return tuple(map(float, values))
-    return int(value) if kind is int else "\\".join(map(str, values)).strip(" \0")
+    return int(value) if kind is int else shorten_id("\\".join(map(str, values)).strip(" \0"))
 
 # %% ../nbs/02_dicom.ipynb #02-024
 def read_header(

@@ -286,7 +286,7 @@ def update_model(
     }
     wanted = {f"wanted_{name}": options[name] for name in ("sensitivity", "coverage")}
     card["thresholds"] = wanted | {level: by_label(level, "threshold", "present_from", "absent_to") for level in levels}
-    save_json(card, Path(run_dir) / "model" / "model.json")
+    save_json(card, Path(run_dir) / "model" / "model.json", checked=True)
     return card
 
 # %% ../nbs/22_evaluate.ipynb #22-045

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from .core import data_note, read_stage, save_captioned, save_table, stage_file
+from .core import data_note, read_run_file, read_stage, save_captioned, save_table, stage_file
 from .labels import LABELS, SUBTYPES
 from .dicom import window
 from .phantom import is_phantom, read_mask
@@ -60,7 +60,7 @@ def bleeding_area(
     "The visible bleeding on each slice, of a phantom."
     if not data_dir or not is_phantom(data_dir):
         return None
-    truth = pd.read_parquet(Path(data_dir) / "truth.parquet").set_index("SOPInstanceUID")
+    truth = read_run_file(Path(data_dir) / "truth.parquet").set_index("SOPInstanceUID")
     return truth[[f"{s}_mm2" for s in SUBTYPES]].sum(axis=1).reindex(ids).to_numpy()
 
 # %% ../nbs/24_explain.ipynb #24-015

@@ -9,13 +9,15 @@ __all__ = ['CUT_OFF', 'PICTURE_COLUMNS', 'PICTURE_SETS', 'MARGIN', 'to_picture',
 # %% ../nbs/26_external.ipynb #26-002
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import cv2
 import numpy as np
 import pandas as pd
 from pyarrow.parquet import write_table
 
-from .core import DicomError, InputError, Window, name_some, read_stage, save_json, write_file
+from .core import DicomError, InputError, Window, name_some, read_run_file, read_stage, save_json
+from .core import write_checked, write_file
 from .labels import LABELS, SUBTYPES, tabulate_labels
 from .dicom import SliceRecord
 from .dicom import brain_fraction, read_file, window
@@ -148,13 +150,13 @@ def cache_pictures(
     for number in numbers:
         part = [picture_row(folder / name, rows, about, size) for name in names[number * SHARD_ROWS :][:SHARD_ROWS]]
         good = [(pixels, row) for pixels, row in part if pixels is not None]
-        for k, (_, row) in enumerate(good):
-            row["row"] = k
+        for k, (pixels, row) in enumerate(good):
+            row["row"], row["crc32"] = k, crc32(np.ascontiguousarray(pixels, "<i2"))
         stack = np.stack([p for p, _ in good]) if good else np.empty((0, size, size), np.int16)
         pixels_path, table_path = shard_paths(cache_dir, number)
         write_file(pixels_path, lambda p, stack=stack: np.save(p, stack.astype("<i2")))
         shard = make_table([row | {"shard": number} for _, row in part])
-        write_file(table_path, lambda p, shard=shard: write_table(shard, p))
+        write_checked(table_path, lambda p, shard=shard: write_table(shard, p))
     join_tables(cache_dir, numbers, table)
     slices = pd.read_parquet(table)
     if slices["error"].notna().all():
@@ -176,7 +178,7 @@ def import_pictures(
     rows, unknown = read_picture_labels(data_dir / about.labels)
     tabulate_labels(rows[list(LABELS)], run_dir)
     cache_pictures(data_dir, run_dir / "cache", about, rows, size)
-    save_json(about._asdict() | {"labels_unknown": unknown}, run_dir / "dataset.json")
+    save_json(about._asdict() | {"labels_unknown": unknown}, run_dir / "dataset.json", checked=True)
     if unknown:
         print(f"{data_dir.name}/{about.labels}: has no {', '.join(unknown)}; they are 0 everywhere and mean nothing")
     return make_cohort(run_dir, n_folds=n_folds, seed=seed)
@@ -216,7 +218,7 @@ def frame_heads(
     cohort, cache = read_stage(run_dir, "cohort.parquet"), Cache(run_dir / "cache")
     size, shards = cache.size, {}
     for path in sorted(cache.folder.glob("shard-*.npy")):
-        shards[int(path.stem[6:])] = np.load(path)
+        shards[int(path.stem[6:])] = read_run_file(path, np.load)
     for _, rows in cohort.groupby("SeriesInstanceUID"):
         series = cache.gather(rows["address"].to_numpy())
         x, y, side = head_frame(series)

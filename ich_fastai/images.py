@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from .core import MAX_BYTES, DicomError, Helper, InputError, open_file
+from .core import MAX_BYTES, DicomError, InputError, open_file
+from .workers import Helper, WorkerLost
 from .dicom import _convert, _read_dataset
 from .cache import DECODE_BYTES, DECODE_SECONDS, printable
 from .geometry import upright_position
@@ -237,8 +238,9 @@ def _read_source(source: Source, helper: Helper) -> dict | list[bytes]:
         return tags if isinstance(tags, list) else tags | {"error": refuse_image(tags)}
     except DicomError as e:
         return {"error": printable(str(e))}
-    except (EOFError, OSError, TimeoutError) as e:
-        return {"error": f"cannot be decoded: {e or 'the reader crashed or took too long'}"}
+    except (EOFError, WorkerLost) as e:
+        why = "not decoded: the reader" if isinstance(e, WorkerLost) else "cannot be decoded: the reader crashed,"
+        return {"error": f"{why} {e}"}
     except Exception as e:  # whatever a broken file makes pydicom raise
         return {"error": printable(f"cannot be decoded: {type(e).__name__}: {' '.join(str(e).split())}")[:1000]}
 

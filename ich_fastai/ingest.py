@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['list_files', 'Job', 'read_plan', 'extend_plan', 'save_plan', 'check_unchanged', 'open_job', 'describe_todo',
-           'run_shards', 'Monitor', 'mark_duplicates', 'join_tables', 'ingest', 'count_errors', 'connect_scheduler',
-           'ich_ingest']
+           'Monitor', 'mark_duplicates', 'join_tables', 'describe_changes', 'ingest', 'count_errors',
+           'connect_scheduler', 'ich_ingest']
 
 # %% ../nbs/08_ingest.ipynb #08-002
 import multiprocessing
 import os
 import time
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future
-from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import nullcontext
+from collections.abc import Collection
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ import pyarrow as pa
 from fastcore.script import call_parse, store_true
 from pyarrow.parquet import ParquetWriter, read_table
 
-from .core import InputError, count_cores, end_with_parent, hold_interrupt, name_some, printable
-from .core import save_table, write_file
+from .core import InputError, name_some, printable, read_run_file, save_table, write_checked
+from .workers import count_cores, end_with_parent, run_shards
 from .dicom import DicomError, read_file
 from .cache import SCHEMA, SHARD_ROWS, read_shard, read_size, save_settings, shard_paths, write_shard
 
@@ -76,10 +76,7 @@ def read_plan(job: Job) -> pd.DataFrame:  # columns file, shard; empty for a new
         return pd.DataFrame({"file": pd.Series(dtype="string"), "shard": pd.Series(dtype="int32")})
     if (has := read_size(job.cache_dir)) != job.size:
         raise InputError(f"{job.cache_dir}: holds slices of {has} px, not {job.size}; take another folder or that size")
-    try:
-        return pd.read_parquet(plan, columns=["file", "shard"])
-    except (OSError, ValueError):  # pyarrow's errors are ValueErrors
-        raise InputError(f"{plan}: damaged; {again}") from None
+    return read_run_file(plan, partial(pd.read_parquet, columns=["file", "shard"]), again)
 
 # %% ../nbs/08_ingest.ipynb #08-016
 def extend_plan(
@@ -129,17 +126,18 @@ def check_unchanged(job: Job) -> None:
 
 # %% ../nbs/08_ingest.ipynb #08-025
 def open_job(job: Job) -> bool:
-    "Fill in plan, done and todo. Is the plan new or longer? Raises `InputError` for another cache and changed files."
-    old = read_plan(job)
-    job.plan, job.todo = extend_plan(old, job.files), {}
-    tables = ((n, read_shard(job.cache_dir, n, job.size)) for n in sorted(set(job.plan["shard"])))
+    "Fill in plan, done and todo. Is the plan another now? Raises `InputError` for another cache and changed files."
+    old, job.todo = read_plan(job), {}
+    tables = ((n, read_shard(job.cache_dir, n, job.size)) for n in sorted(set(old["shard"])))
     job.done = {n: table for n, table in tables if table is not None}
+    there = old["shard"].isin(job.done.keys()) | old["file"].isin(job.files.keys())  # else gone, and never read
+    job.plan = extend_plan(old[there], job.files)
     for name, n in zip(job.plan["file"], job.plan["shard"], strict=True):
         if n not in job.done:
-            job.todo.setdefault(n, []).append(job.files.get(name, name))
+            job.todo.setdefault(n, []).append(job.files[name])
     if job.done:
         check_unchanged(job)
-    return len(job.plan) > len(old)
+    return not there.all() or len(job.plan) > len(old)
 
 # %% ../nbs/08_ingest.ipynb #08-028
 def describe_todo(job: Job) -> str:
@@ -151,59 +149,6 @@ def describe_todo(job: Job) -> str:
     return f"{what}, shards to write: {len(job.todo):,} (at most {2 * len(names) * job.size**2 / 1e6:,.0f} MB)"
 
 # %% ../nbs/08_ingest.ipynb #08-031
-_DASK_DEATHS = {"KilledWorker", "CommClosedError", "ClosedClientError"}  # by name: Dask need not be installed
-
-
-def _is_death(e: Exception) -> bool:
-    "Did a worker or the way to it die, rather than the work fail?"
-    return isinstance(e, BrokenExecutor | CancelledError | ConnectionError) or type(e).__name__ in _DASK_DEATHS
-
-# %% ../nbs/08_ingest.ipynb #08-034
-def _run_round(pool: Executor, todo: dict[int, list[str]], write, report, here, ahead: int) -> int:
-    "Write shards in the pool and, where `here` is given, in this process, until a worker dies. How many are done now?"
-    before, waiting, pending = len(todo), list(todo), dict[Future, int]()
-    try:
-        while waiting or pending:
-            with hold_interrupt():
-                while waiting and (here is None or len(pending) < ahead):
-                    number = waiting.pop(0)
-                    pending[pool.submit(write, todo[number], number=number)] = number
-            mine = waiting.pop() if waiting else None
-            if mine is not None:
-                here(todo[mine], mine)
-                del todo[mine]
-            for future in wait(pending, None if mine is None else 0, return_when=FIRST_COMPLETED).done:
-                number = pending.pop(future)
-                report(future.result())
-                del todo[number]
-    except Exception as e:
-        if not _is_death(e):
-            raise
-    finally:
-        for future in pending:
-            future.cancel()
-    return before - len(todo)
-
-# %% ../nbs/08_ingest.ipynb #08-035
-def run_shards(
-    todo: dict[int, list[str]],  # shard: its files; emptied on the way
-    write,  # called in a worker as write(files, number=shard)
-    make_pool,  # gives a context with an executor, a new one for each round
-    report,  # called with what `write` returns
-    here=None,  # called as here(files, shard) for a shard that this process takes; None where it takes none
-    ahead: int = 0,  # shards that the pool has in advance where this process works too; with few, both end together
-) -> None:
-    "Write the shards on an executor. Raises `InputError` when the workers keep dying."
-    idle = 0
-    while todo:
-        with make_pool() as pool:
-            idle = 0 if _run_round(pool, todo, write, report, here, ahead) else idle + 1
-        if idle == 3:
-            first, files = next(iter(todo.items()))
-            what = f"the workers, or their scheduler, died three times on shard {first} that begins here"
-            raise InputError(f"{files[0]}: {what} (out of memory?); run again to go on")
-
-# %% ../nbs/08_ingest.ipynb #08-039
 class Monitor:
     "Counts files, bytes and errors; shows them; stops the run at too many errors."
 
@@ -237,7 +182,7 @@ class Monitor:
         self.count(int(shard["bytes"].sum()), len(shard))
         self.check(shard)
 
-# %% ../nbs/08_ingest.ipynb #08-040
+# %% ../nbs/08_ingest.ipynb #08-032
 def _write_todo(job: Job, monitor: Monitor) -> None:
     "Write the job's shards: on its executor, or here and in a local pool."
     write = partial(write_shard, dicom_dir=str(job.dicom_dir), cache_dir=str(job.cache_dir), size=job.size)
@@ -256,7 +201,7 @@ def _write_todo(job: Job, monitor: Monitor) -> None:
         for number, files in job.todo.items():
             here(files, number)
 
-# %% ../nbs/08_ingest.ipynb #08-045
+# %% ../nbs/08_ingest.ipynb #08-037
 def mark_duplicates(
     table: pa.Table,  # SCHEMA
     first: dict[str, str],  # SOPInstanceUID: the file that had it first; grows
@@ -271,11 +216,12 @@ def mark_duplicates(
     at = SCHEMA.get_field_index("error")
     return table.set_column(at, SCHEMA.field(at), pa.array(errors, SCHEMA.field(at).type))
 
-# %% ../nbs/08_ingest.ipynb #08-047
+# %% ../nbs/08_ingest.ipynb #08-039
 def join_tables(
     cache_dir: str | Path,
     numbers: list[int],  # of finished shards
     path: Path,  # of the table
+    files: Collection[str] | None = None,  # those there are; rows of others are left out; None for all rows
 ) -> None:
     "Write the shards' tables as one, a shard at a time, so that memory does not grow with it."
 
@@ -283,17 +229,32 @@ def join_tables(
         first: dict[str, str] = {}
         with ParquetWriter(p, SCHEMA) as out:
             for n in numbers:
-                out.write_table(mark_duplicates(read_table(shard_paths(cache_dir, n)[1]), first))
+                table = read_run_file(shard_paths(cache_dir, n)[1], read_table)
+                if files is not None:
+                    table = table.filter(pa.array([file in files for file in table["file"].to_pylist()]))
+                out.write_table(mark_duplicates(table, first))
 
-    write_file(path, write)
+    write_checked(path, write)
 
-# %% ../nbs/08_ingest.ipynb #08-050
+# %% ../nbs/08_ingest.ipynb #08-042
 def _remove_left_overs(cache_dir: Path) -> None:
     "Delete the half-written files of processes that were killed."
     for path in (*cache_dir.glob(".*-*.*"), *cache_dir.parent.glob(".*-slices.parquet")):
         path.unlink(missing_ok=True)
 
-# %% ../nbs/08_ingest.ipynb #08-051
+# %% ../nbs/08_ingest.ipynb #08-044
+def describe_changes(
+    before: pd.DataFrame,  # columns file and PatientID, of the last ingest
+    now: pd.DataFrame,
+) -> str:  # "" where nothing changed
+    "How many files, and how many patients with all theirs, are gone and new."
+    parts = []
+    for what, some, others in (("gone", before, now), ("new", now, before)):
+        files, patients = (set(some[c].dropna()) - set(others[c].dropna()) for c in ("file", "PatientID"))
+        parts += [f"files {what}: {len(files):,} (patients: {len(patients):,})"] if files else []
+    return ", ".join(parts)
+
+# %% ../nbs/08_ingest.ipynb #08-046
 def _write_shards(job: Job) -> list[int]:
     "Write what there is to write; the numbers of all shards."
     _remove_left_overs(job.cache_dir)  # of a killed run
@@ -305,7 +266,21 @@ def _write_shards(job: Job) -> list[int]:
     _remove_left_overs(job.cache_dir)  # of killed workers
     return sorted(set(job.plan["shard"]))
 
-# %% ../nbs/08_ingest.ipynb #08-053
+# %% ../nbs/08_ingest.ipynb #08-048
+def _write_all(job: Job) -> pd.DataFrame:  # slices.parquet
+    "Write the shards, then the slice table; say what is gone and new since the last time."
+    table, before = job.cache_dir.parent / "slices.parquet", None
+    with suppress(InputError):  # none, or damaged
+        before = read_run_file(table)[["file", "PatientID"]]
+    numbers = _write_shards(job)
+    job.done.clear()  # no longer needed, and large
+    join_tables(job.cache_dir, numbers, table, job.files)
+    slices = pd.read_parquet(table, use_threads=False)  # as fast on one thread, and with less memory
+    if before is not None and (changes := describe_changes(before, slices)):
+        print(f"{job.dicom_dir.name}: since the last ingest, {changes}")
+    return slices
+
+# %% ../nbs/08_ingest.ipynb #08-049
 def ingest(
     dicom_dir: str | Path,  # the folder with the DICOM files
     cache_dir: str | Path,  # the cache; slices.parquet goes beside it
@@ -319,15 +294,12 @@ def ingest(
     "The slice table, the pixels in `cache_dir`; after a stop the same call goes on. `InputError` for useless folders."
     from filelock import FileLock, Timeout
 
-    cache_dir, table = Path(cache_dir), Path(cache_dir).parent / "slices.parquet"
+    cache_dir = Path(cache_dir)
     job = Job(Path(dicom_dir), cache_dir, size, executor, workers, max_error_share, progress)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(cache_dir / ".lock", timeout=0):
-            numbers = _write_shards(job)
-            del job  # its lists are no longer needed
-            join_tables(cache_dir, numbers, table)
-            slices = pd.read_parquet(table, use_threads=False)  # as fast on one thread, and with less memory
+            slices = _write_all(job)
     except Timeout:
         raise InputError(f"{cache_dir}: another run is writing this cache; wait, or choose another folder") from None
     except OSError as e:
@@ -337,21 +309,21 @@ def ingest(
         raise InputError(f"{dicom_dir}: no CT slice in this folder (files: {len(slices):,}), e.g. {example}")
     return slices
 
-# %% ../nbs/08_ingest.ipynb #08-061
+# %% ../nbs/08_ingest.ipynb #08-057
 def count_errors(
     slices: pd.DataFrame,  # columns COLUMNS
 ) -> pd.Series:  # index kind of error, files of that kind
     "How many files could not be used, by reason."
     return slices["error"].dropna().str.split(":").str[0].value_counts().rename("files").rename_axis("error")
 
-# %% ../nbs/08_ingest.ipynb #08-064
+# %% ../nbs/08_ingest.ipynb #08-060
 def _summary(slices: pd.DataFrame, seconds: float) -> str:
     "Files, bytes, seconds and the errors by kind, in lines of text."
     errors = count_errors(slices)
     head = f"files: {len(slices):,}, {slices['bytes'].sum() / 1e6:,.0f} MB, {errors.sum():,} unusable, {seconds:.1f} s"
     return "\n".join([head, *(f"{n:>8,} x {kind}" for kind, n in errors.items())])
 
-# %% ../nbs/08_ingest.ipynb #08-067
+# %% ../nbs/08_ingest.ipynb #08-063
 def connect_scheduler(
     address: str,  # tcp://host:port
 ):  # distributed.Client
@@ -366,7 +338,7 @@ def connect_scheduler(
         what = f"no Dask scheduler answers ({str(e).splitlines()[0]}); start one with `dask scheduler`"
         raise InputError(f"{address}: {what}") from e
 
-# %% ../nbs/08_ingest.ipynb #08-069
+# %% ../nbs/08_ingest.ipynb #08-065
 @call_parse
 def ich_ingest(
     dicom_dir: str,  # folder with the DICOM files

@@ -11,7 +11,6 @@ __all__ = ['PACKAGED', 'WEIGHTS', 'loss_weights', 'make_loss', 'Packaged', 'read
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import threading
 import warnings
 from collections.abc import Sequence
@@ -24,8 +23,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import InputError, read_stage, save_json, write_file
+from .core import MARKED, InputError, read_run_file, read_stage, save_json, write_checked
 from .labels import LABELS, class_weights
+from .cohort import name_series
 from .batches import Settings, resize_hu, to_input
 
 # %% ../nbs/11_model.ipynb #11-008
@@ -238,7 +238,7 @@ def measure_geometry(
     "What the network's slices were in millimeters: side of the square ones, and from slice to slice of a series."
     square = slices[slices["rows"].eq(slices["columns"])]
     field = (square["rows"] * square["pixel_spacing_row_mm"]).dropna().astype(float)
-    z = slices.dropna(subset=["z_mm"]).sort_values("z_mm").groupby("SeriesInstanceUID", dropna=False)["z_mm"]
+    z = slices.dropna(subset=["z_mm"]).sort_values("z_mm").pipe(lambda t: t["z_mm"].groupby(name_series(t)))
     spacing = z.apply(lambda v: v.diff()[lambda d: d > 0.01].median()).dropna().astype(float)
     if field.empty or spacing.empty:
         return None
@@ -284,9 +284,7 @@ def _find_device(name: str | None) -> torch.device:
 class Model(NamedTuple):
     "A trained network, ready to use."
 
-    network: (
-        torch.nn.Module
-    )  # (n, n_in, image_size, image_size) to (n, 6) logits, in evaluation mode; may be an Average
+    network: torch.nn.Module  # (n, n_in, image_size, image_size) to (n, 6) logits; may be an Average
     settings: Settings
     card: dict  # model.json
     device: torch.device  # where it runs
@@ -316,8 +314,8 @@ def save_model(
     names = [WEIGHTS, *(f"weights-{k}.safetensors" for k in range(2, len(parts) + 1))]
     for name, part in zip(names, parts, strict=True):
         state = {k: v.detach().cpu().contiguous() for k, v in part.state_dict().items()}
-        write_file(Path(folder) / name, lambda p, state=state: save_file(state, p))
-    save_json(card | {"networks": names}, Path(folder) / "model.json")
+        write_checked(Path(folder) / name, lambda p, state=state: save_file(state, p, MARKED))
+    save_json(card | {"networks": names}, Path(folder) / "model.json", checked=True)
     for path in Path(folder).glob("weights-*.safetensors"):  # of an earlier training
         if path.name not in names:
             path.unlink()
@@ -329,21 +327,25 @@ def load_model(
     *,
     first: bool = False,  # only the first of several networks: the others have seen the patients of its fold
 ) -> Model:
-    "The model of a run. Raises `InputError` where the folder holds none, or one of an earlier version."
-    from safetensors.torch import load_file
+    "The model of a run. Raises `InputError` where the folder holds none, a damaged one, or one of an earlier version."
+    from safetensors.torch import load
 
     where, files = _find_device(device), [Path(folder) / name for name in ("model.json", WEIGHTS)]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise InputError(f"{folder}: no {missing[0]} there; give the model/ folder of a finished run")
+        raise InputError(
+            f"{folder}: no {missing[0]} there; give the model/ folder of a finished run (12_train makes it)"
+        )
+    card = read_run_file(files[0])
+    names = card.get("networks", [WEIGHTS])[: 1 if first else None]
+    states = [read_run_file(Path(folder) / name, lambda f: load(f.getvalue())) for name in names]
     try:
-        card = json.loads(files[0].read_text())
         settings, networks = Settings(**card["settings"]), []
-        for name in card.get("networks", [WEIGHTS])[: 1 if first else None]:
+        for state in states:
             networks.append(build_model(settings.arch, settings.n_in, image_size=settings.image_size))
-            networks[-1].load_state_dict(load_file(Path(folder) / name))
+            networks[-1].load_state_dict(state)
         network = networks[0] if len(networks) == 1 and not settings.mirror else Average(networks, settings.mirror)
-    except Exception as e:  # whatever the readers of JSON and of weights raise
+    except Exception as e:  # whatever settings and weights of another version make them raise
         why = (str(e) or type(e).__name__).splitlines()[0].replace(f"{folder}/", "")[:120]
         raise InputError(f"{folder}: not a model of this version ({why}); train again with notebook 12") from e
     return Model(network.eval().to(where), settings, card, where)

@@ -9,7 +9,6 @@ __all__ = ['MIN_AREA_MM2', 'P_STUDY', 'P_TYPE', 'PRIMARY', 'SLICES', 'NEEDS', 'P
 
 # %% ../nbs/06_phantom.ipynb #06-002
 import hashlib
-import json
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -21,10 +20,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import pandas as pd
 from fastcore.script import call_parse
 
-from .core import InputError, count_cores, data_note, end_with_parent, save_json
+from .core import MARKED, InputError, add_checksum, data_note, read_run_file, save_json
+from .workers import count_cores, end_with_parent
 from .labels import LABELS, SUBTYPES
 from .head import VERSION, Head, draw_head, make_rng
 from .bleeding import draw_bleed
@@ -199,7 +198,7 @@ def _write_tables(folder: Path, patients: Iterable[list[dict]]) -> dict[str, int
         f.write("ID,Label\n")
         for rows in patients:
             table = pa.Table.from_pylist(rows)
-            writer = writer or pq.ParquetWriter(folder / "truth.parquet", table.schema)
+            writer = writer or pq.ParquetWriter(folder / "truth.parquet", table.schema.with_metadata(MARKED))
             writer.write_table(table)
             _write_labels(f, rows)
             twice += [row for row in rows if "duplicate_labels" in row["traps"]]
@@ -208,6 +207,7 @@ def _write_tables(folder: Path, patients: Iterable[list[dict]]) -> dict[str, int
         _write_labels(f, twice)
     if writer:
         writer.close()
+        add_checksum(folder / "truth.parquet")
     return counts
 
 # %% ../nbs/06_phantom.ipynb #06-035
@@ -220,7 +220,7 @@ def holds_phantom(data_dir: str | Path, about: dict) -> bool:  # as `describe_ph
     "Is this very phantom there?"
     if not is_phantom(data_dir):
         return False
-    made = json.loads((Path(data_dir) / "phantom.json").read_text())
+    made = read_run_file(Path(data_dir) / "phantom.json")
     return {k: made.get(k) for k in about} == about
 
 # %% ../nbs/06_phantom.ipynb #06-038
@@ -264,7 +264,7 @@ def _write_phantom(out_dir: Path, about: dict, workers: int, progress: bool) -> 
         for name in ("stage_1_train_images", "masks"):
             (part / name).mkdir(parents=True)
         done = tqdm(_run_patients(work, patients, workers), "phantom", n, unit="patient", disable=not progress)
-        save_json(about | {"counts": _write_tables(part, done)}, part / "phantom.json")
+        save_json(about | {"counts": _write_tables(part, done)}, part / "phantom.json", checked=True)
         if out_dir.is_dir():
             out_dir.rmdir()
         part.rename(out_dir)
@@ -310,7 +310,7 @@ def read_mask(
         return np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED))
     if not (data_dir / "stage_1_train_images" / f"{sop_instance_uid}.dcm").is_file():
         raise InputError(f"{data_dir}: this phantom has no slice {sop_instance_uid}")
-    truth = pd.read_parquet(data_dir / "truth.parquet", columns=["SOPInstanceUID", "traps"]).set_index("SOPInstanceUID")
+    truth = read_run_file(data_dir / "truth.parquet").set_index("SOPInstanceUID")
     return np.zeros((640, 540) if "odd_size" in truth.loc[sop_instance_uid, "traps"] else (512, 512), np.uint8)
 
 # %% ../nbs/06_phantom.ipynb #06-047

@@ -29,9 +29,9 @@ from typing import Annotated, NamedTuple
 
 from fastcore.script import call_parse
 
-from .core import InputError, data_note, project_dir, save_json
+from .core import InputError, data_note, project_dir, read_run_file, save_json
 from .labels import find_dataset
-from .report import SYNTHETIC, write_report
+from .report import SYNTHETIC, date_files, read_manifest, sum_written, write_report
 
 # %% ../nbs/42_reproduce.ipynb #42-006
 STAGES = (
@@ -138,9 +138,8 @@ def check_parameters(
 def _output_of(*command: str) -> str | None:
     "What a command prints, or None where it cannot run."
     try:
-        return (
-            subprocess.check_output(command, cwd=project_dir(), stderr=subprocess.DEVNULL, timeout=20).decode().strip()
-        )
+        output = subprocess.check_output(command, cwd=project_dir(), stderr=subprocess.DEVNULL, timeout=20)
+        return output.decode().strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -226,12 +225,8 @@ def run_notebook(
     return time.time() - start
 
 # %% ../nbs/42_reproduce.ipynb #42-035
-PHANTOM_PARAMETERS = {  # the preset's own: the phantom is made before the first notebook runs
-    "n_patients": ("int", "80"),
-    "prevalence": ("str", "'demo'"),
-    "slices_per_series": ("list", "None"),
-    "seed": ("int", "42"),
-}
+PHANTOM_PARAMETERS = {"n_patients": ("int", "80"), "prevalence": ("str", "'demo'")}  # the preset's own: the phantom is
+PHANTOM_PARAMETERS |= {"slices_per_series": ("list", "None"), "seed": ("int", "42")}  # made before the first notebook
 
 # %% ../nbs/42_reproduce.ipynb #42-036
 def prepare_data(
@@ -308,19 +303,20 @@ def prepare_run(
     declared = {s: declared_parameters(s) for s in STAGES} | {"make_phantom": PHANTOM_PARAMETERS}
     params = check_parameters(read_preset(preset) | settings, declared)
     path = run_dir / "manifest.json"
-    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    kept = STAGES if resume else STAGES[: STAGES.index(stages[0])]
+    earlier = read_run_file(path) if path.is_file() and kept else {}
     if resume and not earlier:
         raise InputError(f"{run_dir}: nothing to resume, there is no manifest.json")
-    kept = STAGES if resume else STAGES[: STAGES.index(stages[0])]
     seconds = kept_seconds(earlier, kept, params, declared)
     data_dir = prepare_data(data, run_dir, params)
     inputs = describe_inputs(data_dir)
-    if resume and seconds and earlier["inputs"] != inputs:
-        raise InputError(f"{run_dir}: cannot resume, the data is not what it was; run without --resume")
+    if seconds and earlier["inputs"] != inputs:
+        raise InputError(f"{run_dir}: cannot go on, the data is not what it was; run without --resume and --from")
     about: dict = {"preset": Path(preset).stem, "parameters": params, "data": data_dir.name}
     about |= {"synthetic": bool(data_note(data_dir)), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    manifest = about | {"inputs": inputs, **describe_software(), "seconds": seconds}
-    save_json(manifest, path)
+    sums = {name: of for name, of in earlier.get("checksums", {}).items() if of[0] in seconds}
+    manifest = about | {"inputs": inputs, **describe_software(), "seconds": seconds, "checksums": sums}
+    save_json(manifest, path, checked=True)
     given = params | {"data_dir": str(data_dir), "run_dir": str(run_dir)}
     given["labels_csv"] = str(find_dataset(data_dir).labels_csv)
     return Run(run_dir, tuple(s for s in stages if not (resume and s in seconds)), declared, given, manifest)
@@ -345,8 +341,10 @@ def reproduce(
         for stage in run.stages:
             own = {name: run.given[name] for name in run.declared[stage] if name in run.given}
             source, output = project_dir() / "nbs" / f"{stage}.ipynb", run_dir / "notebooks" / f"{stage}.ipynb"
+            before = date_files(run_dir)
             run.manifest["seconds"][stage] = seconds = round(run_notebook(source, output, own), 1)
-            save_json(run.manifest, run_dir / "manifest.json")
+            run.manifest["checksums"] |= sum_written(run_dir, before, stage)
+            save_json(run.manifest, run_dir / "manifest.json", checked=True)
             print(f"{stage:<12} {seconds:7.1f} s", flush=True)
         return write_report(run_dir)
 
@@ -357,11 +355,10 @@ def print_headline(
     "Print the headline table, 80 columns wide, and what the data was."
     import pandas as pd
 
-    path, manifest = run_dir / "tables" / "headline.csv", json.loads((run_dir / "manifest.json").read_text())
+    path, manifest = run_dir / "tables" / "headline.csv", read_manifest(run_dir)
     if "22_evaluate" in manifest["seconds"]:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        width = shutil.get_terminal_size((80, 24)).columns
-        print("\n" + table.to_string(index=False, line_width=width, max_colwidth=40))
+        table = read_run_file(path, lambda f: pd.read_csv(f, dtype=str, keep_default_na=False))
+        print("\n" + table.to_string(index=False, line_width=shutil.get_terminal_size((80, 24))[0], max_colwidth=40))
     if manifest["synthetic"]:
         print("\n" + textwrap.fill(SYNTHETIC, 80))
 
@@ -401,13 +398,14 @@ def copy_outputs(
     "The outputs of a run under the same cells. Raises `InputError` where a notebook is not the one that ran."
     import nbformat
 
+    def is_other(cell):  # than those that are compared
+        return cell.cell_type != "code" or "injected-parameters" in cell.metadata.get("tags", ())
+
     run_dir, folder, filled = Path(run_dir).resolve(), Path(nbs or project_dir() / "nbs"), []
-    seconds = json.loads((run_dir / "manifest.json").read_text())["seconds"]
-    for path in (run_dir / "notebooks" / f"{name}.ipynb" for name in sorted(seconds)):
-        ran = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
-        ran = [c for c in ran if "injected-parameters" not in c.metadata.get("tags", ())]
+    for path in (run_dir / "notebooks" / f"{name}.ipynb" for name in sorted(read_manifest(run_dir)["seconds"])):
+        ran = [c for c in read_run_file(path, lambda f: nbformat.reads(f.read().decode(), 4)).cells if not is_other(c)]
         notebook = nbformat.read(folder / path.name, 4)
-        own = [c for c in notebook.cells if c.cell_type == "code"]
+        own = [c for c in notebook.cells if not is_other(c)]
         if [c.source for c in ran] != [c.source for c in own]:
             raise InputError(f"{path.stem}: its code has changed since this run; run it again")
         for cell, done in zip(own, ran, strict=True):

@@ -75,5 +75,5 @@ def read_together(
     run_dir, card = Path(run_dir), read_stage(run_dir, "model/model.json")
     table = place_slices(read_stage(run_dir, "predictions.parquet"), run_dir, smooth)
     save_table(table, run_dir / "predictions.parquet")
-    save_json(card | {"smooth": float(smooth)}, run_dir / "model" / "model.json")
+    save_json(card | {"smooth": float(smooth)}, run_dir / "model" / "model.json", checked=True)
     return table

@@ -6,7 +6,6 @@
 __all__ = ['tiny_phantom', 'tiny_sources', 'tiny_cohort', 'tiny_run', 'simulate_scores']
 
 # %% ../nbs/90_tiny.ipynb #90-002
-import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 from filelock import FileLock
 from scipy.special import expit
 
-from .core import project_dir, read_stage
+from .core import project_dir, read_run_file, read_stage
 from .labels import find_dataset, read_labels, tabulate_labels
 from .head import VERSION
 from .phantom import is_phantom, make_phantom
@@ -29,7 +28,7 @@ def tiny_phantom(
     home = Path(folder or project_dir() / "runs" / "tiny" / "phantom")
     home.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(home.with_name(f".{home.name}.lock")):
-        made = json.loads((home / "phantom.json").read_text()) if is_phantom(home) else {}
+        made = read_run_file(home / "phantom.json") if is_phantom(home) else {}
         if made and (made["version"], made["seed"]) != (VERSION, 7):
             shutil.rmtree(home)
         return make_phantom(home, n_patients=12, seed=7, slices_per_series=(8, 8))

@@ -36,21 +36,14 @@ from timm.utils import ModelEmaV3
 from torch.utils._pytree import tree_map
 
 import ich_fastai
-from .core import COLORS, InputError, read_stage, save_figure, save_table, stage_file, write_file
+from .core import COLORS, InputError, read_run_file, read_stage, save_figure, save_table
+from .core import stage_file, write_file
 from .labels import LABELS, LOGITS, SUBTYPES
 from .cache import read_size
 from .cohort import training_rows
 from .batches import Settings, find_place, slice_loaders
-from ich_fastai.model import (
-    Average,
-    build_model,
-    loss_weights,
-    make_card,
-    make_loss,
-    read_geometry,
-    save_model,
-    share_norms,
-)
+from .model import Average, build_model, loss_weights, make_card, make_loss
+from .model import read_geometry, save_model, share_norms
 
 # %% ../nbs/12_train.ipynb #12-007
 def split_decay(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:  # weights of layers; norms and biases
@@ -223,7 +216,8 @@ class Checkpoint(Callback):
     def resume(self) -> int:  # epochs that are done
         "Take up the state of the file where there is one of the same fingerprint."
         learner = self.learn
-        state = torch.load(self.path, map_location=learner.dls.device, weights_only=True) if self.path.is_file() else {}
+        load = partial(torch.load, map_location=learner.dls.device, weights_only=True)
+        state = read_run_file(self.path, load, "delete it, to start anew") if self.path.is_file() else {}
         if state.get("fingerprint") != self.fingerprint:
             return 0
         learner.create_opt()

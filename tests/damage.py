@@ -1,6 +1,7 @@
-"""What happens to files: six kinds of damage, as functions on a file's bytes, and a file that is gone."""
+"""What happens to files: kinds of damage, as functions on a file's bytes, and a file that is gone."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 
@@ -16,6 +17,8 @@ DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {  # name: the damaged byte
     "zeroed": lambda data: bytes(len(data)),
     "zero-tailed": lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
     "bit flipped": flip_bit,
+    "bit flipped near the begin": partial(flip_bit, at=0.07),
+    "bit flipped near the end": partial(flip_bit, at=0.93),
     "gone": lambda data: None,
 }
 

@@ -21,8 +21,11 @@ from test_dicom import flip_bytes, gdcm_encode
 from ich_fastai import cache as cache_module
 from ich_fastai import ingest as module
 from ich_fastai.cache import SHARD_ROWS, Cache, Decoder, read_row, shard_paths, write_shard
-from ich_fastai.core import InputError, hold_interrupt, printable
+from ich_fastai.core import InputError, printable
+from ich_fastai.cohort import build_cohort
 from ich_fastai.ingest import count_errors, ingest, list_files
+from ich_fastai.labels import LABELS
+from ich_fastai.workers import Helper, hold_interrupt
 
 N_FILES, SIZE = 4 * SHARD_ROWS + 100, 32
 
@@ -93,7 +96,7 @@ def test_a_short_or_missing_shard_is_named(whole, tmp_path):
     at = shard_paths(tmp_path / "cache", 0)[0]
     assert Cache(tmp_path / "cache").gather([0]).any()
     os.truncate(at, at.stat().st_size - 1)
-    with pytest.raises(InputError, match="a shard is shorter than its table says"):
+    with pytest.raises(InputError, match="shard-00000.npy: shorter than its table says"):
         Cache(tmp_path / "cache").gather(list(range(N_FILES - 1)))
     at.unlink()
     with pytest.raises(InputError, match="shard-00000.npy: not there"):
@@ -258,8 +261,79 @@ def test_changed_files_are_reported_and_read_again_on_request(tmp_path):
     (tmp_path / "cache" / "shard-00000.parquet").unlink()
     after = ingest(some, tmp_path / "cache", SIZE)
     assert after["modified_ns"][0] != before["modified_ns"][0] and after["error"].isna().all()
+
+
+def test_what_is_gone_is_left_out_and_what_is_new_is_said(tmp_path, capsys):
+    some, data = tmp_path / "dicom", {}
+    some.mkdir()
+    for name in "abcdef":  # patients 1 to 3, two files each
+        data[name] = make_file(SOPInstanceUID=f"ID_{name}", PatientID=f"P{(ord(name) - 97) // 2}")
+        (some / f"{name}.dcm").write_bytes(data[name])
+    ingest(some, tmp_path / "cache", SIZE)
+    capsys.readouterr()
+    for name in "abc":
+        (some / f"{name}.dcm").unlink()
+    (some / "g.dcm").write_bytes(make_file(SOPInstanceUID="ID_g", PatientID="P9"))
+    slices = ingest(some, tmp_path / "cache", SIZE)
+    assert slices["file"].to_list() == ["d.dcm", "e.dcm", "f.dcm", "g.dcm"]
+    said = "dicom: since the last ingest, files gone: 3 (patients: 1), files new: 1 (patients: 1)\n"
+    assert capsys.readouterr().out == said
+    labels = pd.DataFrame(0, index=pd.Index([f"ID_{n}" for n in "abcdefg"], name="SOPInstanceUID"), columns=LABELS)
+    cohort = build_cohort(labels, slices, n_folds=2, min_brain_fraction=0)
+    assert set(cohort["PatientID"]) == {"P1", "P2", "P9"}
+    d, there = cohort[cohort["SOPInstanceUID"] == "ID_d"].iloc[0], set(cohort["address"])
+    assert {d[n] for n in ("previous_2", "previous", "next", "next_2")} <= there, "no neighbor that is gone"
+    (some / "a.dcm").write_bytes(data["a"])  # another time: it has changed
+    with pytest.raises(InputError, match=r"1 file has changed .*a\.dcm"):
+        ingest(some, tmp_path / "cache", SIZE)
+
+
+def test_what_is_gone_before_it_was_read_is_forgotten(tmp_path):
+    some = tmp_path / "dicom"
+    some.mkdir()
+    for name in "ab":
+        (some / f"{name}.dcm").write_bytes(make_file(SOPInstanceUID=f"ID_{name}"))
+    ingest(some, tmp_path / "cache", SIZE)
+    (tmp_path / "cache" / "shard-00000.parquet").unlink()  # as if killed
     (some / "a.dcm").unlink()
-    assert len(ingest(some, tmp_path / "cache", SIZE)) == 2, "a deleted file stays in the cache"
+    assert ingest(some, tmp_path / "cache", SIZE)["file"].to_list() == ["b.dcm"]
+    (some / "a.dcm").write_bytes(make_file(SOPInstanceUID="ID_a"))
+    assert ingest(some, tmp_path / "cache", SIZE)["file"].to_list() == ["b.dcm", "a.dcm"]
+
+
+@pytest.mark.parametrize("missing", [{"SeriesInstanceUID": None}, {"SeriesInstanceUID": "", "StudyInstanceUID": None}])
+def test_a_missing_series_joins_no_two_patients(tmp_path, missing):
+    some = tmp_path / "dicom"
+    some.mkdir()
+    for i in range(6):
+        tags = {"SOPInstanceUID": f"ID_{i}", "PatientID": f"P{i % 2}", "ImagePositionPatient": ["0", "0", str(i)]}
+        (some / f"{i}.dcm").write_bytes(make_file(**tags, **missing))
+    slices = ingest(some, tmp_path / "cache", SIZE)
+    labels = pd.DataFrame(0, index=pd.Index([f"ID_{i}" for i in range(6)], name="SOPInstanceUID"), columns=LABELS)
+    cohort = build_cohort(labels, slices, n_folds=2, min_brain_fraction=0)
+    patient = cohort.set_index("address")["PatientID"]
+    for name in ("previous_2", "previous", "next", "next_2"):
+        assert (patient[cohort[name]].to_numpy() == cohort["PatientID"].to_numpy()).all()
+    assert (cohort["next"] != cohort["address"]).sum() == 4, "a patient's own slices are neighbors"
+    assert cohort.groupby("PatientID")["SeriesInstanceUID"].nunique().eq(1).all()
+
+
+HOSTILE_SETS = ("unicode_escape", "utf_7", "rot13", "idna", "punycode", "undefined", "base64", "ISO_IR 100\\utf_16")
+
+
+@pytest.mark.parametrize("named", HOSTILE_SETS)
+def test_no_codec_of_python_reads_an_identifier(tmp_path, named):
+    some, word = tmp_path / "dicom", r"P\ud800\x1b[31m\n" + "x" * 2000
+    some.mkdir()
+    (some / "good.dcm").write_bytes(make_file())
+    ds = make_dataset(SOPInstanceUID="ID_bad", SpecificCharacterSet=named.split("\\"))
+    ds.add_new("PatientID", "LO", word.encode() + b"\x1b\n")
+    (some / "bad.dcm").write_bytes(to_bytes(ds))
+    slices = ingest(some, tmp_path / "cache", SIZE).set_index("file")
+    assert slices["error"].isna().all(), slices["error"]
+    patient = slices.loc["bad.dcm", "PatientID"]
+    assert len(patient) <= 256 and patient.isprintable() and patient.startswith(r"P\ud800\x1b[31m\n" + "x" * 50)
+    assert ingest(some, tmp_path / "cache", SIZE)["error"].isna().all(), "and so at the next start"
 
 
 def test_what_could_not_be_read_is_no_change_until_it_can_be(tmp_path):
@@ -276,7 +350,11 @@ def test_what_could_not_be_read_is_no_change_until_it_can_be(tmp_path):
     (some / "later.dcm").unlink()
     (some / "later.dcm").write_bytes(make_file(SOPInstanceUID="ID_later"))
     (some / "empty.dcm").write_bytes(make_file(SOPInstanceUID="ID_empty"))
-    with pytest.raises(InputError, match=r"2 files have changed .*empty\.dcm, later\.dcm"):
+    after = ingest(some, tmp_path / "cache", SIZE)  # what cannot be read is tried again, and its shard with it
+    assert after.loc[after["error"].notna(), "file"].to_list() == ["folder.dcm"]
+    (some / "folder.dcm").rmdir()
+    (some / "folder.dcm").write_bytes(make_file(SOPInstanceUID="ID_folder"))
+    with pytest.raises(InputError, match=r"1 file has changed .*folder\.dcm"):
         ingest(some, tmp_path / "cache", SIZE)
 
 
@@ -287,7 +365,7 @@ def test_a_damaged_record_is_named(name, damage, tmp_path):
     (tmp_path / "dicom" / "a.dcm").write_bytes(make_file())
     ingest(tmp_path / "dicom", tmp_path / "cache", SIZE)
     (tmp_path / "cache" / name).write_bytes(damage)
-    with pytest.raises(InputError, match=f"{name}.*damaged; delete (?:its|the) folder"):
+    with pytest.raises(InputError, match=f"{name}.*damaged; delete "):
         ingest(tmp_path / "dicom", tmp_path / "cache", SIZE)
 
 
@@ -527,9 +605,58 @@ def test_a_decoder_that_crashes_or_hangs_is_a_reason(tmp_path, monkeypatch):
     path.write_bytes(to_bytes(make_dataset(BitsAllocated=8, BitsStored=8, PixelData=HEAD.astype(np.uint8).tobytes())))
     with Decoder() as decoder:
         assert read_row(path, SIZE, decoder)[1]["error"] is None
-        os.kill(decoder.process.pid, signal.SIGKILL)
+        os.kill(decoder.process.pid, signal.SIGSEGV)
         assert read_row(path, SIZE, decoder)[1]["error"] == "cannot be decoded: the decoder crashed"
         assert read_row(path, SIZE, decoder)[1]["error"] is None, "a new one is started"
         os.kill(decoder.process.pid, signal.SIGSTOP)
         monkeypatch.setattr(cache_module, "DECODE_SECONDS", 0.2)
         assert "took more than" in read_row(path, SIZE, decoder)[1]["error"]
+
+
+def never_start(self):
+    raise OSError(errno.ENOMEM, "no memory for a process")
+
+
+BAD_LUCK = {  # what happens to a good file's decoder, and what is said
+    "killed": (lambda self: _start(self) or self.process.kill(), "was killed"),
+    "too slow": (lambda self: _start(self) or os.kill(self.process.pid, signal.SIGSTOP), "took more than"),
+    "no process": (never_start, "could not start"),
+    "no start": (lambda self: setattr(self, "n_bytes", 1 << 20) or _start(self), "could not start|ran out of memory"),
+}
+_start = Helper._start
+
+
+@pytest.mark.parametrize("what", BAD_LUCK)
+def test_bad_luck_is_no_truth(tmp_path, monkeypatch, what):
+    some = tmp_path / "dicom"
+    some.mkdir()
+    (some / "plain.dcm").write_bytes(make_file())
+    eight = make_dataset(BitsAllocated=8, BitsStored=8, PixelData=HEAD.astype(np.uint8).tobytes(), SOPInstanceUID="2")
+    (some / "helped.dcm").write_bytes(to_bytes(eight))
+    with monkeypatch.context() as patch:
+        patch.setattr(Helper, "_start", BAD_LUCK[what][0])
+        patch.setattr(cache_module, "DECODE_SECONDS", 1 if what == "too slow" else 60)
+        error = ingest(some, tmp_path / "cache", SIZE).set_index("file")["error"]
+    assert error.isna().to_list() == [False, True]
+    assert re.match(f"not decoded: the decoder ({BAD_LUCK[what][1]})", error["helped.dcm"]), error["helped.dcm"]
+    assert ingest(some, tmp_path / "cache", SIZE)["error"].isna().all(), "tried again by the next ingest"
+
+
+def test_a_crash_is_the_files_own_and_stays(tmp_path, monkeypatch):
+    (tmp_path / "dicom").mkdir()
+    (tmp_path / "dicom" / "plain.dcm").write_bytes(make_file())
+    data = to_bytes(make_dataset(BitsAllocated=8, BitsStored=8, PixelData=HEAD.astype(np.uint8).tobytes()))
+    (tmp_path / "dicom" / "helped.dcm").write_bytes(data)
+    with monkeypatch.context() as patch:
+        patch.setattr(Helper, "_start", lambda self: _start(self) or os.kill(self.process.pid, signal.SIGSEGV))
+        ingest(tmp_path / "dicom", tmp_path / "cache", SIZE)
+    error = ingest(tmp_path / "dicom", tmp_path / "cache", SIZE)["error"]
+    assert error[0] == "cannot be decoded: the decoder crashed"
+
+
+def test_a_lower_limit_from_outside_is_kept():
+    code = "import json, resource\nfrom ich_fastai.workers import Helper\n"
+    code += "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
+    code += "with Helper(json.loads, 4 << 30) as helper: print(helper(b'[1]', 60))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[1]\n", done.stderr
