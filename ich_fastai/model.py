@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'loss_weights', 'make_loss', 'Packaged', 'read_packaged', 'can_reach_hub', 'build_model', 'share_norms',
-           'measure_geometry', 'read_geometry', 'make_card', 'Model', 'save_model', 'load_model', 'predict_logits']
+           'measure_geometry', 'read_geometry', 'make_card', 'Model', 'save_model', 'load_model', 'predict_logits',
+           'keep_features']
 
 # %% ../nbs/11_model.ipynb #11-003
 import hashlib
@@ -13,6 +14,8 @@ import importlib.util
 import json
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -283,6 +286,7 @@ class Model(NamedTuple):
     settings: Settings
     card: dict  # model.json
     device: torch.device  # where it runs
+    recurrent: dict[str, torch.Tensor] = {}  # weights of notebook 13's network; none where each slice is read alone
 
 # %% ../nbs/11_model.ipynb #11-045
 def save_model(
@@ -314,10 +318,11 @@ def load_model(
         settings = Settings(**card["settings"])
         network = build_model(settings.arch, settings.n_in, image_size=settings.image_size)
         network.load_state_dict(load_file(files[1]))
+        recurrent = load_file(Path(folder) / "recurrent.safetensors") if card.get("recurrent") else {}
     except Exception as e:  # whatever the readers of JSON and of weights raise
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
         raise InputError(f"{folder}: not a model of this version ({why}); train again with notebook 12") from e
-    return Model(network.eval().to(where), settings, card, where)
+    return Model(network.eval().to(where), settings, card, where, recurrent)
 
 # %% ../nbs/11_model.ipynb #11-049
 @torch.no_grad()
@@ -333,3 +338,17 @@ def predict_logits(
         x = to_input(x.to(model.device), model.settings.windows)
         outputs.append(model.network(x.contiguous(memory_format=torch.channels_last)).double().cpu().numpy())
     return np.concatenate(outputs)
+
+# %% ../nbs/11_model.ipynb #11-052
+@contextmanager
+def keep_features(
+    network: torch.nn.Module,  # of `build_model`
+) -> Iterator[list[torch.Tensor]]:  # filled as the network runs: (n, d) float16 of each batch, on the CPU
+    "Within this context, what the network's last linear layer sees."
+    seen: list[torch.Tensor] = []
+    last = [m for m in network.modules() if isinstance(m, torch.nn.Linear)][-1]
+    hook = last.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().half().cpu()))
+    try:
+        yield seen
+    finally:
+        hook.remove()
