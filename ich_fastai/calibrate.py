@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRIOR_PATIENTS', 'SHARPNESS', 'UNKNOWN_MM', 'correct_for_sampling', 'to_logits', 'correct_logits', 'order_logits',
-           'split_patients', 'fit_platt', 'calibrate', 'threshold_for', 'conformal_bound', 'Decisions', 'fit_decisions',
-           'Fitted', 'cross_fit', 'slice_lengths', 'pool_slices', 'Level', 'score_levels']
+           'fit_platt', 'calibrate', 'threshold_for', 'conformal_bound', 'Decisions', 'fit_decisions', 'Fitted',
+           'cross_fit', 'slice_lengths', 'pool_slices', 'Level', 'score_levels']
 
 # %% ../nbs/21_calibrate.ipynb #21-002
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit
 
 from .labels import LABELS
-from .sequence import series_logits
+from .sequence import number_networks, series_logits, split_patients
 from .metrics import fit_logistic
 
 # %% ../nbs/21_calibrate.ipynb #21-006
@@ -54,18 +54,7 @@ def order_logits(
     "The logits with that of `any` at least as high as each of the five."
     return np.c_[x[:, :-1], x.max(axis=1, initial=-np.inf)]
 
-# %% ../nbs/21_calibrate.ipynb #21-017
-def split_patients(
-    fold: np.ndarray,  # (n,) fold of each slice
-    patients: np.ndarray,  # (n,) ids
-    n_parts: int = 10,  # fewer where a fold has fewer patients
-) -> np.ndarray:  # (n,) int, 0 ... n_parts - 1; a patient is in one part
-    "The parts of each fold's patients to cross-fit over."
-    deal = pd.DataFrame({"fold": fold, "patient": patients}).drop_duplicates().sort_values(["fold", "patient"])
-    part = deal.sample(frac=1, random_state=0).groupby("fold").cumcount() % n_parts
-    return part.set_axis(deal.loc[part.index, "patient"]).loc[patients].to_numpy()
-
-# %% ../nbs/21_calibrate.ipynb #21-020
+# %% ../nbs/21_calibrate.ipynb #21-019
 PRIOR_PATIENTS = {"slice": 50, "study": 10}  # that of slices chosen in the simulation below
 
 
@@ -87,7 +76,7 @@ def fit_platt(
     slope, intercept = fit_logistic(x, (1 - share) * y + share * expit(x + center))
     return (slope, intercept) if slope > 0 else (1.0, center)
 
-# %% ../nbs/21_calibrate.ipynb #21-024
+# %% ../nbs/21_calibrate.ipynb #21-023
 def calibrate(
     x: np.ndarray,  # (n, 6) ordered logits on the natural mix, columns LABELS
     slope: np.ndarray,  # (6,)
@@ -97,7 +86,7 @@ def calibrate(
     p = expit(np.asarray(slope) * x + np.asarray(intercept))
     return np.c_[np.minimum(p[:, :-1], p[:, -1:]), p[:, -1]]
 
-# %% ../nbs/21_calibrate.ipynb #21-029
+# %% ../nbs/21_calibrate.ipynb #21-028
 def threshold_for(
     p: np.ndarray,  # (n,) probabilities of the slices with the label
     sensitivity: float,  # wanted, 0 to 1
@@ -105,7 +94,7 @@ def threshold_for(
     "The highest threshold t for which at least the wanted share has p >= t."
     return float(np.sort(p)[int((1 - sensitivity) * len(p) + 1e-9)]) if len(p) else np.nan
 
-# %% ../nbs/21_calibrate.ipynb #21-032
+# %% ../nbs/21_calibrate.ipynb #21-031
 def conformal_bound(
     x: np.ndarray,  # (n,) logits of one class
     patients: np.ndarray,  # (n,) ids
@@ -118,7 +107,7 @@ def conformal_bound(
     k = int((1 - coverage) * (len(one_each) + 1) + 1e-9)
     return float(np.sort(one_each)[k - 1]) if k else -np.inf
 
-# %% ../nbs/21_calibrate.ipynb #21-037
+# %% ../nbs/21_calibrate.ipynb #21-036
 class Decisions(NamedTuple):
     "What is fitted to each label, columns LABELS."
 
@@ -128,7 +117,7 @@ class Decisions(NamedTuple):
     present_from: np.ndarray  # (6,) logit from which the set holds `present`
     absent_to: np.ndarray  # (6,) logit up to which it holds `absent`
 
-# %% ../nbs/21_calibrate.ipynb #21-038
+# %% ../nbs/21_calibrate.ipynb #21-037
 def fit_decisions(
     y: np.ndarray,  # (n, 6) 0 or 1, columns LABELS
     x: np.ndarray,  # (n, 6) ordered logits on the natural mix
@@ -149,7 +138,7 @@ def fit_decisions(
         cuts.append((threshold_for(pk[of], sensitivity), present_from, absent_to))
     return Decisions(slope, intercept, *np.array(cuts).T)
 
-# %% ../nbs/21_calibrate.ipynb #21-041
+# %% ../nbs/21_calibrate.ipynb #21-040
 class Fitted(NamedTuple):
     "What patients get from a fit to others, columns LABELS; nan, and both values in the set, where there are none."
 
@@ -158,7 +147,7 @@ class Fitted(NamedTuple):
     present: np.ndarray  # (n, 6) bool: is this value in the conformal set?
     absent: np.ndarray  # (n, 6) bool
 
-# %% ../nbs/21_calibrate.ipynb #21-042
+# %% ../nbs/21_calibrate.ipynb #21-041
 def cross_fit(
     y: np.ndarray,  # (n, 6) 0 or 1, columns LABELS
     x: np.ndarray,  # (n, 6) ordered logits on the natural mix
@@ -178,7 +167,7 @@ def cross_fit(
             out.present[here], out.absent[here] = x[here] >= fit.present_from, x[here] <= fit.absent_to
     return out
 
-# %% ../nbs/21_calibrate.ipynb #21-046
+# %% ../nbs/21_calibrate.ipynb #21-045
 SHARPNESS = 2.0  # s: chosen on the simulation below, not on patients
 UNKNOWN_MM = 5.0  # what a slice stands for where z is unknown; RSNA's usual spacing
 
@@ -197,7 +186,7 @@ def slice_lengths(
     bad = (table["z"].isna() | ~(mm.groupby(table["series"]).transform("sum") > 0)).groupby(table["series"])
     return mm.clip(lower=1e-3).mask(bad.transform("any"), UNKNOWN_MM).sort_index().to_numpy()
 
-# %% ../nbs/21_calibrate.ipynb #21-048
+# %% ../nbs/21_calibrate.ipynb #21-047
 def pool_slices(
     x: np.ndarray,  # (n, 6) logits of slices
     study: np.ndarray,  # (n,) int, number of each slice's study from 0 on
@@ -209,14 +198,14 @@ def pool_slices(
     np.logaddexp.at(total, study, SHARPNESS * x + np.log(mm)[:, None])
     return ((total - np.log(length)) / SHARPNESS).round(9)  # the order of the slices must not decide a call
 
-# %% ../nbs/21_calibrate.ipynb #21-053
+# %% ../nbs/21_calibrate.ipynb #21-052
 class Level(NamedTuple):
     "Labels and probabilities of held-out slices, or of their studies; arrays of six have columns LABELS."
 
     y: np.ndarray  # (n, 6) int64, 0 or 1
     patients: np.ndarray  # (n,) ids
     x: np.ndarray  # (n, 6) float64, ordered logits on the natural mix
-    fold: np.ndarray  # (n,) int; each has a network of its own
+    fold: np.ndarray  # (n,) int, of `number_networks`; each has networks of its own
     raw: np.ndarray  # (n, 6) float64 probabilities as network and series give them; of a study, of its pooled logits
     corrected: np.ndarray  # (n, 6) float64, with undersampling undone
     calibrated: np.ndarray  # (n, 6) float64, and what follows: see Fitted
@@ -224,7 +213,7 @@ class Level(NamedTuple):
     present: np.ndarray
     absent: np.ndarray
 
-# %% ../nbs/21_calibrate.ipynb #21-054
+# %% ../nbs/21_calibrate.ipynb #21-053
 def score_levels(
     predictions: pd.DataFrame,  # as notebooks 12 and 13 write it; SeriesInstanceUID and z_mm where they are known
     **options,  # of `fit_decisions`
@@ -238,7 +227,7 @@ def score_levels(
     logits["study"] = (y_study, predictions[~pd.Series(study).duplicated().to_numpy()], *of_study)
     levels = {}
     for level, (of, ids, raw_k, x_k, ordered) in logits.items():
-        y, patients, fold = of.to_numpy(np.int64), ids["PatientID"].to_numpy(), ids["fold"].to_numpy()
+        y, patients, fold = of.to_numpy(np.int64), ids["PatientID"].to_numpy(), number_networks(ids)
         fitted = cross_fit(y, ordered, patients, fold, level=level, **options)
         levels[level] = Level(y, patients, ordered, fold, expit(raw_k), expit(x_k), *fitted)
     return levels

@@ -20,8 +20,8 @@ from .dicom import window
 from .phantom import is_phantom, read_mask
 from .cache import Cache
 from .cohort import input_addresses
-from .model import load_model, predict_logits
-from .sequence import smooth_logits
+from .model import load_model
+from .sequence import predict_series, read_unseen
 from .metrics import ESTIMATE, Estimate, draw_patients, metric_rows, rank_metrics
 from .calibrate import order_logits, to_logits
 
@@ -246,11 +246,8 @@ def network_scores(
         masks["network, true bleeding painted over"] = true_masks(data_dir, ids, cache.size, seed)
     inputs = {"network": hu} | {name: paint_over(hu, mask) for name, mask in masks.items()}
     around = places.reshape(len(rows), -1)
-    series, own = (
-        (rows["SeriesInstanceUID"], rows["z_mm"], model.card.get("smooth", 0.0)),
-        around[:, around.shape[1] // 2],
-    )
-    said = {name: smooth_logits(predict_logits(model, x, around), *series) for name, x in inputs.items()}
+    series, own = (rows["SeriesInstanceUID"], rows["z_mm"]), around[:, around.shape[1] // 2]
+    said = {name: predict_series(model, x, around, *series) for name, x in inputs.items()}
     return {name: order_logits(to_logits(x, keep_rate)) for name, x in said.items()} | {
         "dense blobs": blobs.sum((1, 2))[own].astype(np.float64)
     }
@@ -266,8 +263,7 @@ def control_table(
 ) -> pd.DataFrame:  # score, and the columns of `metric_rows`
     "Both AUCs of the network, of each control and of the network on painted slices, for `any`; the network's by label."
     cohort = read_stage(run_dir, "cohort.parquet").set_index("SOPInstanceUID", drop=False)
-    fold = read_stage(run_dir, "model/model.json")["training"]["folds"][0]["fold"]
-    rows = choose_patients(cohort[cohort["fold"] == fold], max_slices, seed)
+    rows = choose_patients(cohort.loc[read_unseen(run_dir)["SOPInstanceUID"]], max_slices, seed)
     height, found = (
         relative_height(cohort)[cohort.index.get_indexer(rows.index)],
         network_scores(run_dir, rows, data_dir, seed),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'WEIGHTS', 'loss_weights', 'make_loss', 'Packaged', 'read_packaged', 'can_reach_hub', 'build_model',
            'share_norms', 'measure_geometry', 'read_geometry', 'make_card', 'Model', 'Average', 'save_model',
-           'load_model', 'predict_logits']
+           'load_model', 'predict_logits', 'keep_features']
 
 # %% ../nbs/11_model.ipynb #11-003
 import hashlib
@@ -13,7 +13,8 @@ import importlib.metadata
 import importlib.util
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -288,6 +289,7 @@ class Model(NamedTuple):
     settings: Settings
     card: dict  # model.json
     device: torch.device  # where it runs
+    recurrent: dict[str, torch.Tensor] = {}  # weights of notebook 13's network; none where each slice is read alone
 
 # %% ../nbs/11_model.ipynb #11-046
 class Average(torch.nn.Module):
@@ -338,17 +340,18 @@ def load_model(
         )
     card = read_run_file(files[0])
     names = card.get("networks", [WEIGHTS])[: 1 if first else None]
-    states = [read_run_file(Path(folder) / name, lambda f: load(f.getvalue())) for name in names]
+    added = ["recurrent.safetensors"] if card.get("recurrent") else []
+    states = [read_run_file(Path(folder) / name, lambda f: load(f.getvalue())) for name in [*names, *added]]
     try:
         settings, networks = Settings(**card["settings"]), []
-        for state in states:
+        for state in states[: len(names)]:
             networks.append(build_model(settings.arch, settings.n_in, image_size=settings.image_size))
             networks[-1].load_state_dict(state)
         network = networks[0] if len(networks) == 1 and not settings.mirror else Average(networks, settings.mirror)
     except Exception as e:  # whatever settings and weights of another version make them raise
         why = (str(e) or type(e).__name__).splitlines()[0].replace(f"{folder}/", "")[:120]
         raise InputError(f"{folder}: not a model of this version ({why}); train again with notebook 12") from e
-    return Model(network.eval().to(where), settings, card, where)
+    return Model(network.eval().to(where), settings, card, where, states[-1] if added else {})
 
 # %% ../nbs/11_model.ipynb #11-052
 @torch.no_grad()
@@ -364,3 +367,17 @@ def predict_logits(
         x = to_input(x.to(model.device), model.settings.windows)
         outputs.append(model.network(x.contiguous(memory_format=torch.channels_last)).double().cpu().numpy())
     return np.concatenate(outputs)
+
+# %% ../nbs/11_model.ipynb #11-055
+@contextmanager
+def keep_features(
+    network: torch.nn.Module,  # of `build_model`
+) -> Iterator[list[torch.Tensor]]:  # filled as the network runs: (n, d) float16 of each batch, on the CPU
+    "Within this context, what the network's last linear layer sees."
+    seen: list[torch.Tensor] = []
+    last = [m for m in network.modules() if isinstance(m, torch.nn.Linear)][-1]
+    hook = last.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().half().cpu()))
+    try:
+        yield seen
+    finally:
+        hook.remove()

@@ -22,19 +22,18 @@ import pandas as pd
 from .core import InputError, data_note, read_stage, save_captioned, save_table
 from .labels import LABELS, LABEL_COLORS, LOGITS, find_dataset
 from .cache import Decoder
-from .model import Model, load_model, predict_logits
-from .sequence import smooth_logits
+from .model import Model, load_model
+from .sequence import predict_series, read_unseen
 from .geometry import find_geometry
 from .series import OTHER, Stack, Survey, format_series, read_series, show_text, survey_files
 from .calibrate import calibrate, order_logits, pool_slices, slice_lengths, to_logits
 
 # %% ../nbs/31_predict.ipynb #31-008
-def _find_held_out(run_dir: Path, fold: int) -> tuple[list[str], pd.DataFrame]:
+def _find_held_out(run_dir: Path) -> tuple[list[str], pd.DataFrame]:
     "The study with the most hemorrhage among those held out: its files below the DICOM folder, its rows by slice."
-    rows, files = read_stage(run_dir, "predictions.parquet"), read_stage(run_dir, "slices.parquet")
+    rows, files = read_unseen(run_dir), read_stage(run_dir, "slices.parquet")
     square = files.loc[files["rows"].eq(files["columns"]), "StudyInstanceUID"]
-    held_out = rows[rows["fold"].eq(fold) & rows["StudyInstanceUID"].isin(square)]
-    study = held_out.groupby("StudyInstanceUID")["any"].sum().idxmax()
+    study = rows[rows["StudyInstanceUID"].isin(square)].groupby("StudyInstanceUID")["any"].sum().idxmax()
     truth = rows[rows["StudyInstanceUID"] == study].set_index("SOPInstanceUID")
     return files.loc[files["StudyInstanceUID"] == study, "file"].to_list(), truth
 
@@ -54,9 +53,9 @@ def score_stack(
     z_mm: pd.Series,  # (m,) mm, of its slices or slabs
 ) -> np.ndarray:  # (m, 6) float64 logits
     "The logits of a series, each slice read with those beside it where an order is known (notebook 13)."
-    logits = predict_logits(model, stack.hu, find_inputs(len(stack.hu), model.settings.neighbors, stack.step))
-    weight = model.card.get("smooth", 0.0) if stack.step else 0.0
-    return smooth_logits(logits, np.zeros(len(logits)), z_mm, weight)
+    inputs = find_inputs(len(stack.hu), model.settings.neighbors, stack.step)
+    z_mm = z_mm if stack.step else np.full(len(inputs), np.nan)
+    return predict_series(model, stack.hu, inputs, np.zeros(len(inputs)), z_mm)
 
 # %% ../nbs/31_predict.ipynb #31-018
 CALLS, SETS = [f"call_{label}" for label in LABELS], [f"set_{label}" for label in LABELS]
@@ -231,7 +230,7 @@ def predict_held_out(
     "Predict a study of the held-out fold from its files; write predicted.csv and figures/predict.svg."
     run_dir, note, dicom_dir = Path(run_dir), data_note(data_dir), find_dataset(data_dir).dicom_dir
     model = load_model(run_dir / "model", first=True)
-    files, truth = _find_held_out(run_dir, model.card["training"]["folds"][0]["fold"])
+    files, truth = _find_held_out(run_dir)
     slices = predict_study(model, [dicom_dir / file for file in files], all_series=True)
     save_table(slices, run_dir / "predicted.csv")
     figure = plot_series(slices, truth, note), "A held-out study, predicted from its files."

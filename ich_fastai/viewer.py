@@ -26,7 +26,7 @@ from .core import InputError, data_note, format_table, read_stage, save_captione
 from .labels import LABELS, LABEL_COLORS, find_dataset
 from .dicom import WINDOWS, plot_row, window
 from .model import Model, load_model
-from .sequence import series_logits
+from .sequence import read_unseen, series_logits
 from .calibrate import slice_lengths
 from .series import Survey
 from .predict import CALLS, SETS, decide, see_study, summarize_studies
@@ -320,9 +320,8 @@ def view_held_out(
     "Pages of three held-out studies into viewer/; tables/viewer.csv, figures/viewer.png."
     run_dir, note, dicom_dir = Path(run_dir), data_note(data_dir), find_dataset(data_dir).dicom_dir
     model, table = load_model(run_dir / "model", first=True), read_stage(run_dir, "slices.parquet")
-    rows = read_stage(run_dir, "predictions.parquet")
-    rows = rows[rows["fold"] == model.card["training"]["folds"][0]["fold"]]
-    picked, pictures = pick_studies(rows, model.card), {}
+    rows, pictures = read_unseen(run_dir), {}
+    picked = pick_studies(rows, model.card)
     shutil.rmtree(run_dir / "viewer", ignore_errors=True)  # of an earlier run
     for name, study in picked["StudyInstanceUID"].items():
         paths = [dicom_dir / file for file in table.loc[table["StudyInstanceUID"] == study, "file"]]

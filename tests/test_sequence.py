@@ -1,16 +1,26 @@
-"""The slices of a series read together: ends, gaps, order, series apart, nothing invented, and what carries it."""
+"""The slices of a series read together, by a mean and by a network: ends, gaps, order, series and patients apart."""
+
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.special import expit
 
 from ich_fastai.arms import read_arms
+from ich_fastai.batches import SliceBatches
+from ich_fastai.cache import Cache
 from ich_fastai.calibrate import correct_logits, order_logits, score_levels, to_logits
 from ich_fastai.core import InputError, read_stage
 from ich_fastai.imbalance import compare_arms
 from ich_fastai.labels import LABELS, LOGITS
-from ich_fastai.sequence import read_together, series_logits, smooth_logits
+from ich_fastai.model import load_model, predict_logits
+from ich_fastai.predict import find_inputs, score_stack
+from ich_fastai.sequence import ADDED, SeriesNetwork, cross_fit_series, make_scans, masked_loss, read_together
+from ich_fastai.sequence import read_unseen, run_network, series_logits, smooth_logits
+from ich_fastai.tiny import tiny_cohort
 
 
 @pytest.fixture
@@ -131,4 +141,85 @@ def test_predictions_of_before_are_read_slice_by_slice(stage):
 def test_a_weight_that_is_none_is_one_line(stage, smooth):
     with pytest.raises(InputError, match=f"smooth={smooth}: must be the weight of a neighbor") as error:
         read_together(stage, smooth)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def read_run(tmp_path_factory, write_predictions):
+    "A run of one fold, 12 patients, whose series a recurrent network reads; its predictions are its network's own."
+    run_dir = tmp_path_factory.mktemp("read") / "run"
+    shutil.copytree(tiny_cohort(), run_dir, ignore=shutil.ignore_patterns("model", "predictions.parquet"))
+    cohort = pd.read_parquet(run_dir / "cohort.parquet").assign(fold=0)
+    cohort.to_parquet(run_dir / "cohort.parquet")
+    write_predictions(run_dir, cohort, [0])
+    table, model = pd.read_parquet(run_dir / "predictions.parquet"), load_model(run_dir / "model", "cpu")
+    batches = SliceBatches(cohort, run_dir / "cache", model.settings, train=False)
+    with torch.no_grad():
+        table[LOGITS] = torch.cat([model.network(x) for x, _ in batches]).numpy()
+    table.to_parquet(run_dir / "predictions.parquet")
+    return run_dir, read_together(run_dir, 0.33, 8)
+
+
+def make_some_scans(n_features=5):
+    rng = np.random.default_rng(3)
+    series, z = np.repeat(list("abc"), [4, 10, 16]), np.concatenate([5.0 * np.arange(n) for n in (4, 10, 16)])
+    return make_scans(rng.normal(size=(30, 6)), rng.normal(size=(30, n_features)), series, z, 0.33)
+
+
+def test_a_recurrent_network_starts_as_the_mean_to_the_last_bit_and_padding_changes_nothing():
+    scans, network = make_some_scans(), SeriesNetwork(5, 16, 8)
+    assert np.array_equal(scans.base + run_network(network, scans), scans.base)
+    torch.nn.init.normal_(network.say[1].weight)
+    together, alone = (run_network(network, scans, batch=n) for n in (3, 1))
+    assert np.allclose(together, alone, atol=1e-6) and abs(together).max() > 0.1
+    logits, y = torch.randn(2, 5, 6), torch.randint(0, 2, (2, 5, 6)).float()
+    y[1, 3:] = -1
+    rows = torch.cat([logits[0], logits[1, :3]]), torch.cat([y[0], y[1, :3]])
+    assert torch.allclose(masked_loss(logits, y, 0.3), masked_loss(*rows, 0.3))
+
+
+def test_a_patient_is_read_by_a_network_that_has_not_seen_it():
+    scans = make_some_scans()
+    scans = scans._replace(groups=[np.flatnonzero(np.arange(30) // 2 == k) for k in range(15)])
+    patients, y = np.arange(30) // 2, np.random.default_rng(0).integers(0, 2, (30, 6))
+    added, part, network, _ = cross_fit_series(scans, y, patients, 4, steps=20)
+    for k in range(4):
+        mine = part == k
+        other = cross_fit_series(scans, np.where(mine[:, None], 1 - y, y), patients, 4, steps=20)[0]
+        assert np.array_equal(other[mine], added[mine]) and not np.array_equal(other, added)
+    assert np.array_equal(run_network(network, scans)[part == 0], added[part == 0]), "the first part's is kept"
+
+
+def test_the_model_folder_holds_both_networks_and_predicts_as_the_stage_did(read_run):
+    run_dir, table = read_run
+    model, unseen = load_model(run_dir / "model", "cpu"), read_unseen(run_dir)
+    assert model.card["recurrent"]["units"] == 8 and set(unseen["part"]) == {0} < set(table["part"])
+    assert abs(unseen[ADDED].to_numpy()).max() > 0.01, "it does add something"
+    cohort, cache = pd.read_parquet(run_dir / "cohort.parquet").set_index("SOPInstanceUID"), Cache(run_dir / "cache")
+    for _, rows in unseen.groupby("SeriesInstanceUID"):
+        rows = rows.sort_values("z_mm")
+        stack = SimpleNamespace(hu=cache.gather(cohort.loc[rows["SOPInstanceUID"], "address"].to_numpy()), step=1)
+        assert np.allclose(score_stack(model, stack, rows["z_mm"]), series_logits(rows), atol=1e-3)
+        stack.step = 0
+        alone = score_stack(model, stack, rows["z_mm"])
+        assert np.array_equal(alone, predict_logits(model, stack.hu, find_inputs(len(rows), 1, 0))), "no order known"
+
+
+def test_what_is_calibrated_on_has_not_been_seen_by_either_network(read_run):
+    level = score_levels(read_run[1])["slice"]
+    assert np.array_equal(level.fold, 1000 * read_run[1]["part"])
+
+
+def test_without_a_recurrent_network_nothing_of_it_stays(read_run, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(read_run[0], run_dir)
+    table = read_together(run_dir, 0.33)
+    assert not {"part", *ADDED} & set(table) and not (run_dir / "model" / "recurrent.safetensors").exists()
+    assert "recurrent" not in read_stage(run_dir, "model/model.json") and not load_model(run_dir / "model").recurrent
+
+
+@pytest.mark.parametrize("units, why", [(-1, "must be units"), (True, "must be units"), (8, "hold out one fold")])
+def test_a_recurrent_network_that_cannot_be_is_one_line(stage, units, why):
+    with pytest.raises(InputError, match=f"recurrent={units}: .*{why}") as error:
+        read_together(stage, 0.33, units)
     assert "\n" not in str(error.value)
