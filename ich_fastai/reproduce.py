@@ -365,7 +365,7 @@ def print_headline(
 # %% ../nbs/42_reproduce.ipynb #42-052
 @call_parse
 def ich_reproduce(
-    preset: str = "demo",  # tiny, demo or paper (files of params/), or a path to a .yml file
+    preset: str = "demo",  # tiny, demo, paper or strong (of params/), or a path to a .yml file
     data: str = "",  # dataset folder in the RSNA layout; without it a phantom is made
     out: str = "",  # folder of the run; runs/PRESET by default
     set: Annotated[list[str] | None, {"action": "append", "type": str}] = None,  # override a parameter: --set epochs=2

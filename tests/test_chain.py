@@ -127,7 +127,7 @@ def test_from_refuses_parameters_that_would_not_be_those_of_the_kept_notebooks(t
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--preset", "nothing"], "no such preset; there are demo, paper, tiny"),
+        (["--preset", "nothing"], "no such preset; there are demo, paper, strong, tiny"),
         (["--preset", "tiny", "--set", "epoch=3"], "parameter epoch: no notebook declares it"),
         (["--preset", "tiny", "--set", "epochs=many"], "is not of type int"),
         (["--preset", "tiny", "--set", "epochs"], "write it as name=value"),
