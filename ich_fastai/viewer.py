@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'UPRIGHT', 'DARK_COLORS', 'pick_studies', 'gather_pixels', 'see_pixels', 'pack_bytes', 'pack_pixels',
            'pack_maps', 'slice_thresholds', 'draw_strip', 'name_edges', 'hash_uid', 'list_unusable', 'render_top',
-           'fill_template', 'describe_study', 'render_legend', 'write_viewer', 'write_study_pages', 'view_held_out']
+           'fill_template', 'describe_study', 'render_legend', 'write_viewer', 'write_study_page', 'view_held_out']
 
 # %% ../nbs/32_viewer.ipynb #32-003
 import base64
@@ -29,7 +29,7 @@ from .model import Model, load_model
 from .sequence import read_unseen, series_logits
 from .calibrate import slice_lengths
 from .series import Survey
-from .predict import CALLS, SETS, decide, see_study, summarize_studies
+from .predict import CALLS, SETS, Study, decide, see_study, summarize_studies
 
 # %% ../nbs/32_viewer.ipynb #32-008
 KINDS = {  # page: kind, is there bleeding, was it called; the first mistake that exists is taken
@@ -290,27 +290,18 @@ def write_viewer(
     return write_file(page, lambda p: p.write_text(fill_template(values), encoding="utf-8"))
 
 # %% ../nbs/32_viewer.ipynb #32-048
-def write_study_pages(
-    slices: pd.DataFrame,  # of `see_pixels`, of one study or more
-    hu: np.ndarray,  # (n, size, size) int16 HU, likewise
-    folder: str | Path,  # where the pages go
-    card: dict,  # model.json
-    *,
-    orientation: tuple = (),  # likewise
-    series: pd.DataFrame | None = None,  # a row per series with `study`, what was used and why not the others
+def write_study_page(
+    model: Model,
+    study: Study,  # with pixels
+    folder: str | Path,  # where the page goes
     show_uids: bool = False,
-) -> list[Path]:  # study-HASH.html, a page for each study with a readable slice
-    "The pages of all studies. Raises `InputError` where one cannot be written."
-    lost = slices["StudyInstanceUID"].isna() & slices["error"].notna()
-    warnings, pages = list_unusable(slices.assign(error=slices["error"].where(lost)), show_uids), []
-    for uid, part in slices[~lost].groupby("StudyInstanceUID", dropna=False):
-        if part["error"].isna().any():
-            page, own = Path(folder) / f"study-{hash_uid(uid)}.html", hu[slices.index.get_indexer(part.index)]
-            about = None if series is None else series[series["study"] == uid].drop(columns="study")
-            how: dict = {"card": card, "orientation": orientation, "series_table": about, "warnings": warnings}
-            write_viewer(part, own, page, show_uids=show_uids, **how)
-            pages.append(page)
-    return pages
+) -> Path:  # study-HASH.html
+    "The page of a study. Raises `InputError` where it cannot be written."
+    hu, lies = gather_pixels(model, study.slices, study.survey, study.pixels)
+    about = {"orientation": lies, "series_table": study.tabulate_series().drop(columns="study")}
+    page, warnings = Path(folder) / f"study-{hash_uid(study.uid)}.html", [study.lost] * bool(study.lost)
+    rows = study.slices.reset_index(drop=True)
+    return write_viewer(rows, hu, page, card=model.card, warnings=warnings, show_uids=show_uids, **about)
 
 # %% ../nbs/32_viewer.ipynb #32-051
 def view_held_out(
