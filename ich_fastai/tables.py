@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import InputError, hold_interrupt
+from .core import InputError
+from .workers import hold_interrupt
 from .labels import LABELS
 from .series import show_text
 
