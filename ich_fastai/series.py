@@ -255,8 +255,8 @@ def tabulate_series(images: pd.DataFrame) -> pd.DataFrame:  # with study and ser
             why = find_outliers(good)
             images.loc[why[why.ne("")].index, "error"] = why[why.ne("")]
             good = good[why.eq("")]
-            first, ids = every.iloc[0], {}
-            ids = {"study": first["study"], "PatientID": first["PatientID"], "uid": first["SeriesInstanceUID"]}
+            first, ids = every.iloc[0], {"scanner": every.iloc[0]["ManufacturerModelName"]}
+            ids |= {"study": first["study"], "PatientID": first["PatientID"], "uid": first["SeriesInstanceUID"]}
             ids["number"] = first["SeriesNumber"][0] if first["SeriesNumber"] else math.inf
             if good.empty:
                 about = {"slices": len(every), "reason": first["error"], "description": first["SeriesDescription"]}
