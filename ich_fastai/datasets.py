@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NO_FILES', 'CQ500_NAMES', 'KEYS', 'ADAPTERS', 'read_datasets', 'find_facts', 'check_independent', 'Dataset',
            'read_dicom', 'read_csv', 'to_labels', 'join_files', 'read_cq500', 'read_boxes', 'find_folder', 'open_cq500',
-           'list_headers', 'join_headers', 'open_headers', 'open_rsna', 'open_folder', 'open_dataset']
+           'list_headers', 'join_headers', 'open_headers', 'open_rsna', 'open_folder', 'stack_volume', 'read_numbered',
+           'open_volumes', 'open_ct_ich', 'open_instance', 'open_pictures', 'open_dataset']
 
 # %% ../nbs/36_datasets.ipynb #36-002
 import json
@@ -17,14 +18,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from .core import DicomError, InputError, name_some, project_dir
 from .labels import LABELS, SUBTYPES, find_dataset, read_labels
 from .cache import Decoder
 from .geometry import Geometry
+from .external import PICTURE_SETS, read_picture_labels
+from .volumes import Volume, find_volumes, read_nifti, read_pictures
 from .images import list_sources, read_images
-from .series import Stack, choose_series, group_series, read_series, tabulate_series
+from .series import Stack, choose_series, group_series, look_at, read_series, stack_slices, tabulate_series
 
 # %% ../nbs/36_datasets.ipynb #36-006
 def read_datasets(
@@ -277,7 +281,100 @@ def open_folder(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     return Dataset(facts, "study", labels, studies, partial(read_dicom, files), reasons)
 
 # %% ../nbs/36_datasets.ipynb #36-030
-ADAPTERS = {"rsna": open_rsna, "cq500": open_cq500, "folder": open_folder}
+def stack_volume(
+    read: Callable[[str], tuple[Volume, list[str]]],  # of a study: its volume, the names of its slices
+    study: str,
+    size: int,  # px
+    geometry: Geometry | None,
+) -> tuple[Stack, pd.DataFrame]:  # from below, errors by name; a row that says what was read
+    "A study that is no DICOM as the network sees it. Raises what `read` raises."
+    volume, names = read(study)
+    order = np.argsort(volume.z_mm, kind="stable")
+
+    def read_slice(k: int):
+        pixels = volume.slices[order[k]]
+        if isinstance(pixels, DicomError):
+            raise pixels
+        return pixels, volume.spacing
+
+    stack = stack_slices(read_slice, volume.z_mm[order], look_at(read_slice, len(order)), size, geometry)
+    ids, notes = tuple(names[k] for k in order), [volume.note] * bool(volume.note) + stack.notes
+    gap = float(np.median(np.diff(stack.z_mm))) if len(order) > 1 else math.nan
+    about = {"study": study, "slices": len(order), "spacing_mm": gap, "pixel_mm": volume.spacing[1]}
+    table = pd.DataFrame([about | {"used": True, "reason": "", "notes": "; ".join(notes)}])
+    errors = {ids[k]: why for k, why in stack.errors.items()}
+    return stack._replace(ids=ids, errors=errors, notes=notes), table
+
+# %% ../nbs/36_datasets.ipynb #36-032
+def read_numbered(
+    files: dict[str, list[Path]],
+    labels: pd.DataFrame,  # index <study>_<number from 1>
+    study: str,
+) -> tuple[Volume, list[str]]:
+    "A volume with its slices' names. Raises `DicomError` where it does not have as many slices as labels."
+    volume = read_nifti(files[study][0])
+    names = [f"{study}_{k + 1}" for k in range(len(volume.slices))]
+    if n := len(set(labels.index[labels["study"].eq(study)]) ^ set(names)):
+        raise DicomError(f"{len(names)} slices, but labels of others: {n} of either do not fit")
+    return volume, names
+
+
+def open_volumes(files: dict[str, list[Path]], labels: pd.DataFrame, csv: Path, facts: pd.Series) -> Dataset:
+    "Volumes with a label per slice; a study is a patient."
+    studies, reasons = join_files(labels, files, csv)
+    labels = labels.assign(PatientID=labels["study"])
+    return Dataset(
+        facts, "slice", labels, studies, partial(stack_volume, partial(read_numbered, files, labels)), reasons
+    )
+
+# %% ../nbs/36_datasets.ipynb #36-033
+def open_ct_ich(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
+    "CT-ICH: five kinds by slice; `any` is their OR."
+    csv = csv or folder / "hemorrhage_diagnosis_raw_ct.csv"
+    table = read_csv(csv, ("PatientNumber", "SliceNumber", *(label.capitalize() for label in SUBTYPES)))
+    table = table.rename(columns=str.lower).dropna(subset=["patientnumber"])
+    try:
+        study = table["patientnumber"].astype(float).astype(int).map("{:03}".format)
+        number = table["slicenumber"].astype(float).astype(int).astype(str)
+    except ValueError as e:
+        raise InputError(f"{csv}: a PatientNumber or SliceNumber that is no number: {e}") from e
+    labels = to_labels(table.set_index(study + "_" + number)[list(SUBTYPES)], csv)
+    return open_volumes(find_volumes(folder / "ct_scans"), labels.assign(study=study.to_numpy()), csv, facts)
+
+
+def open_instance(folder: Path, masks: Path | None, facts: pd.Series) -> Dataset:
+    "INSTANCE 2022: `any` by slice, from the masks."
+    homes = [home for home in (folder, *folder.glob("*"), *folder.glob("*/*")) if (home / "data").is_dir()]
+    home = homes[0] if homes else folder
+    masks, rows = masks or home / "label", dict[str, tuple]()
+    for study, [path] in find_volumes(masks).items():
+        try:
+            slices = read_nifti(path).slices
+        except DicomError as e:
+            raise InputError(f"{masks}: {e}") from e
+        rows |= {f"{study}_{k + 1}": (study, int((mask > 0).any())) for k, mask in enumerate(slices)}
+    if not rows:
+        raise InputError(f"{masks}: no mask NNN.nii.gz in it; give the folder that holds data/ and label/")
+    labels = pd.DataFrame.from_dict(rows, orient="index", columns=["study", "any"])
+    return open_volumes(find_volumes(home / "data"), labels.astype({"any": "uint8"}), masks, facts)
+
+# %% ../nbs/36_datasets.ipynb #36-035
+def open_pictures(name: str, folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
+    "A set of 8-bit pictures of PICTURE_SETS; a study is a patient."
+    about = PICTURE_SETS[name]
+    csv, home = csv or folder / about.labels, folder / about.pictures
+    rows, unknown = read_picture_labels(csv)
+    there = {path.stem for path in home.iterdir()} if home.is_dir() else set()
+    files = {patient: [home] for patient in rows.loc[rows.index.isin(there), "PatientID"].unique()}
+    labels = rows.drop(columns=[*unknown, "number"]).assign(study=rows["PatientID"])
+    studies, reasons = join_files(labels, files, csv)
+    return Dataset(
+        facts, "slice", labels, studies, partial(stack_volume, partial(read_pictures, home, rows, about)), reasons
+    )
+
+# %% ../nbs/36_datasets.ipynb #36-037
+ADAPTERS = {"rsna": open_rsna, "cq500": open_cq500, "ct_ich": open_ct_ich, "instance2022": open_instance}
+ADAPTERS |= {name: partial(open_pictures, name) for name in PICTURE_SETS} | {"folder": open_folder}
 
 
 def open_dataset(

@@ -11,7 +11,7 @@ __all__ = ['OTHER', 'TIMES', 'MIN_SLICES', 'MIN_MM', 'MAX_TILT', 'MAX_NOISE', 'M
 # %% ../nbs/30_series.ipynb #30-002
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import NamedTuple
@@ -166,13 +166,12 @@ def read_upright(
 
 # %% ../nbs/30_series.ipynb #30-021
 def look_at(
-    read,  # called with the number of an image: an upright slice and its mm, as `read_upright` gives them
+    read: Callable[[int], tuple[np.ndarray, tuple[float, float]]],  # of the k-th image, what `read_upright` gives
     n: int,  # images, in order
-    most: int = 7,  # slices
 ) -> Sight:
     "The middle of a series, seen through some of its slices."
     looks, why = list[Look](), ""
-    for k in sorted(set(np.linspace(0.2 * n, 0.8 * n, min(n, most)).astype(int).clip(0, n - 1))):
+    for k in sorted(set(np.linspace(0.2 * n, 0.8 * n, min(n, 7)).astype(int).clip(0, n - 1))):
         try:
             looks.append(measure_look(*read(k)))
         except DicomError as e:
@@ -187,8 +186,7 @@ def look_at(
     return Sight(len(seen) / len(looks), noise, bright, *middle, float(np.mean([look.cut for look in seen])), why)
 
 
-def _reader(series: pd.DataFrame, decoder: Decoder):  # images in order
-    "What reads the k-th of them, as `look_at` and `stack_slices` want it."
+def _reader(series: pd.DataFrame, decoder: Decoder):  # ordered images: what reads the k-th
     rows = list(series.itertuples())
     return lambda k: read_upright(rows[k], decoder)
 
@@ -371,18 +369,19 @@ class Stack(NamedTuple):
 
 # %% ../nbs/30_series.ipynb #30-039
 def stack_slices(
-    read,  # called with the number of an image, as `look_at` has it
+    read: Callable[[int], tuple[np.ndarray, tuple[float, float]]],  # as `look_at` has it
     z_mm: np.ndarray,  # (n,) mm, in order; NaN where unknown
-    about,  # top, left and side of the head, mm; `ordered`: do slices follow each other?
+    sight,  # with `top`, `left` and `side` of `Sight`
     size: int,  # px, of the cache that the model was trained on
     geometry: Geometry | None,  # of the training; None: slices as they are
+    ordered: bool = True,  # do the slices follow each other?
 ) -> Stack:  # `errors` by number
     "Slices in the training's field of view, thin ones averaged."
     hu: np.ndarray = np.empty((len(z_mm), size, size), np.int16)
     errors, good, notes = {}, list[int](), set[str]()
     for k in range(len(z_mm)):
         try:
-            pixels, note = fit_slice(*read(k), (about.top, about.left), about.side, geometry)
+            pixels, note = fit_slice(*read(k), (sight.top, sight.left), sight.side, geometry)
         except DicomError as e:
             errors[k] = printable(str(e))
             continue
@@ -396,7 +395,7 @@ def stack_slices(
         slab[good], step = make_slabs(z, geometry)
     stack = average_slabs(hu[good], slab[good])
     thin = [f"{len(good)} thin slices averaged to {len(stack)}"] if len(stack) < len(good) else []
-    return Stack(stack, slab, step if about.ordered else 0, errors, [*sorted(notes)[:1], *thin], z_mm)
+    return Stack(stack, slab, step if ordered else 0, errors, [*sorted(notes)[:1], *thin], z_mm)
 
 # %% ../nbs/30_series.ipynb #30-040
 def read_series(
@@ -406,7 +405,8 @@ def read_series(
     geometry: Geometry | None,  # of the training; None: slices as they are
     decoder: Decoder,
 ) -> Stack:
-    "The slices of a series, upright, in the training's field of view, thin ones averaged."
-    stack = stack_slices(_reader(images, decoder), images["z_mm"].to_numpy(float), about, size, geometry)
+    "As `stack_slices`, of the slices of a series."
+    read, z = _reader(images, decoder), images["z_mm"].to_numpy(float)
+    stack = stack_slices(read, z, about, size, geometry, about.ordered)
     errors = {images.index[k]: why for k, why in stack.errors.items()}
     return stack._replace(errors=errors, ids=tuple(images["SOPInstanceUID"]))
