@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DELIVERED', 'REFIT', 'THICKNESS', 'MOST_GROUPS', 'HU_EDGES', 'HU_COLUMNS', 'BRAIN_BINS', 'read_published',
-           'pad_labels', 'level_of', 'judge', 'transfer_metrics', 'calibration_table', 'plot_transfer',
-           'transfer_thresholds', 'group_answers', 'measure_inputs', 'histogram_distance', 'shift_table',
-           'measure_training', 'compare_published', 'Judged', 'position_table', 'find_mistakes', 'headline',
-           'format_headline']
+           'pad_labels', 'level_of', 'judge', 'transfer_metrics', 'score_probabilities', 'calibration_table',
+           'plot_transfer', 'transfer_thresholds', 'group_answers', 'measure_inputs', 'histogram_distance',
+           'shift_table', 'measure_training', 'compare_published', 'Judged', 'position_table', 'find_mistakes',
+           'headline', 'format_headline']
 
 # %% ../nbs/28_transfer.ipynb #28-002
 from pathlib import Path
@@ -101,7 +101,19 @@ def transfer_metrics(
             rows += [{"probabilities": name} | row for row in found]
     return pd.DataFrame(rows)
 
-# %% ../nbs/28_transfer.ipynb #28-025
+# %% ../nbs/28_transfer.ipynb #28-022
+def score_probabilities(
+    labels: pd.DataFrame,  # a row per study: those of LABELS that exist, PatientID
+    p: pd.DataFrame,  # a row per study, likewise
+    name: str,  # of the system
+    **boot,  # n_boot, seed
+) -> pd.DataFrame:  # of `transfer_metrics`
+    "Metrics of a system of which there are only probabilities, on the studies that have both."
+    both = labels[labels.index.isin(p.dropna().index)]
+    level, known = level_of(both, p.loc[both.index], both["PatientID"].to_numpy())
+    return transfer_metrics({name: level}, known, **boot)
+
+# %% ../nbs/28_transfer.ipynb #28-027
 def calibration_table(
     levels: dict[str, Level],  # of `judge`
     metrics: pd.DataFrame,  # of `transfer_metrics`
@@ -120,7 +132,7 @@ def calibration_table(
             rows.append({"label": label, "probabilities": name} | counts | found | maps)
     return pd.DataFrame(rows)
 
-# %% ../nbs/28_transfer.ipynb #28-027
+# %% ../nbs/28_transfer.ipynb #28-029
 def plot_transfer(
     levels: dict[str, Level],  # of `judge`
     known: list[str],  # the labels that mean something
@@ -147,7 +159,7 @@ def plot_transfer(
     fig.suptitle(f"Reliability, 95% intervals by patient{note and ', ' + note}")
     return fig
 
-# %% ../nbs/28_transfer.ipynb #28-030
+# %% ../nbs/28_transfer.ipynb #28-032
 def transfer_thresholds(
     levels: dict[str, Level],  # of `judge`
     known: list[str],  # the labels that mean something
@@ -158,7 +170,7 @@ def transfer_thresholds(
     table = threshold_table(levels, sensitivity, **boot).rename(columns={"level": "probabilities"})
     return table[table["label"].isin(known)].reset_index(drop=True)
 
-# %% ../nbs/28_transfer.ipynb #28-033
+# %% ../nbs/28_transfer.ipynb #28-035
 THICKNESS = ([0, 1.5, 3.5, 6, np.inf], ["up to 1.5 mm", "1.5 to 3.5 mm", "3.5 to 6 mm", "over 6 mm"])
 MOST_GROUPS = 8  # of a column; the rarer ones are put together
 
@@ -181,7 +193,7 @@ def group_answers(
             groups[str(name)] = Groups(pd.Categorical(text, [v for v in order if v in set(text)]), False)
     return groups
 
-# %% ../nbs/28_transfer.ipynb #28-036
+# %% ../nbs/28_transfer.ipynb #28-038
 HU_EDGES = (-2000, -200, -20, 0, 10, 20, 30, 40, 50, 60, 70, 80, 100, 300, 4000)
 HU_COLUMNS = [f"hu_{a}_to_{b}" for a, b in zip(HU_EDGES, HU_EDGES[1:], strict=False)]
 BRAIN_BINS = [name for name, low in zip(HU_COLUMNS, HU_EDGES, strict=False) if 0 <= low < 80]
@@ -197,7 +209,7 @@ def measure_inputs(
     table.insert(0, "noise_hu", [measure_noise(x) for x in hu])
     return table
 
-# %% ../nbs/28_transfer.ipynb #28-038
+# %% ../nbs/28_transfer.ipynb #28-040
 def histogram_distance(
     here: pd.DataFrame,  # of `measure_inputs`
     training: pd.DataFrame,  # likewise
@@ -206,7 +218,7 @@ def histogram_distance(
     a, b = (table[BRAIN_BINS].sum() / max(table[BRAIN_BINS].sum().sum(), 1e-12) for table in (here, training))
     return float(abs(a - b).sum() / 2)
 
-# %% ../nbs/28_transfer.ipynb #28-040
+# %% ../nbs/28_transfer.ipynb #28-042
 def shift_table(
     here: dict[str, np.ndarray | pd.Series | float],  # what: values of slices or studies, or one number
     training: dict,  # likewise, or three numbers: low end, median, high end; what is not known is left out
@@ -226,7 +238,7 @@ def shift_table(
     columns = ["what", "here", "here_low", "here_high", "n", "training", "training_low", "training_high", "note"]
     return pd.DataFrame(rows).reindex(columns=columns)
 
-# %% ../nbs/28_transfer.ipynb #28-042
+# %% ../nbs/28_transfer.ipynb #28-044
 def measure_training(
     model_dir: str | Path,  # model/ of a run
     card: dict,  # model.json
@@ -247,7 +259,7 @@ def measure_training(
     some = rows.sample(min(most, len(rows)), random_state=0).sort_values("address")
     return known, measure_inputs(Cache(run_dir / "cache").gather(some["address"].to_numpy()))
 
-# %% ../nbs/28_transfer.ipynb #28-045
+# %% ../nbs/28_transfer.ipynb #28-047
 def compare_published(
     metrics: pd.DataFrame,  # of `transfer_metrics`
     dataset: str,  # its name
@@ -262,7 +274,7 @@ def compare_published(
     order = both["label"].map({label: k for k, label in enumerate(("any", *LABELS[:-1]))})
     return both.assign(order=order).sort_values("order", kind="stable").drop(columns="order").reset_index(drop=True)
 
-# %% ../nbs/28_transfer.ipynb #28-048
+# %% ../nbs/28_transfer.ipynb #28-050
 class Judged(NamedTuple):
     "A level of a dataset, judged."
 
@@ -270,7 +282,7 @@ class Judged(NamedTuple):
     known: list[str]  # the labels that exist
     rows: pd.DataFrame  # a row per slice or study: study, z_mm where it is a slice; index: its name
 
-# %% ../nbs/28_transfer.ipynb #28-051
+# %% ../nbs/28_transfer.ipynb #28-053
 def position_table(
     judged: Judged,  # of slices
     *,
@@ -292,7 +304,7 @@ def position_table(
             table.append({"score": name, "pairs": pairs} | found._asdict() | counts)
     return pd.DataFrame(table).rename(columns={"why": "note"})
 
-# %% ../nbs/28_transfer.ipynb #28-054
+# %% ../nbs/28_transfer.ipynb #28-056
 def find_mistakes(
     judged: Judged,
     n: int = 3,  # of each kind
@@ -308,7 +320,7 @@ def find_mistakes(
         found.append(worst.assign(kind=kind))
     return pd.concat(found, ignore_index=True)[["kind", "name", "study", "p", "called"]]
 
-# %% ../nbs/28_transfer.ipynb #28-057
+# %% ../nbs/28_transfer.ipynb #28-059
 def headline(
     metrics: pd.DataFrame,  # of `transfer_metrics`, with the column level
 ) -> pd.DataFrame:  # of str: level, label, AUC, sensitivity, specificity, calibration_slope, n, n_positive, n_patients
@@ -324,7 +336,7 @@ def headline(
         rows.append({"level": level, "label": label} | found | counts)
     return pd.DataFrame(rows).sort_values(["level", "label"], key=lambda c: c.ne("any") if c.name == "label" else c)
 
-# %% ../nbs/28_transfer.ipynb #28-059
+# %% ../nbs/28_transfer.ipynb #28-061
 def format_headline(
     table: pd.DataFrame,  # of `headline`
 ) -> str:

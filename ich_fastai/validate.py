@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'ANSWERS', 'STYLE', 'READ_FIRST', 'check_overlap', 'ask_study', 'ask_all', 'claim_folder', 'deliver',
-           'judge_answers', 'find_shift', 'describe_rows', 'make_tables', 'read_qure', 'score_probabilities',
-           'write_pages', 'write_index', 'say_dataset', 'save_all', 'validate', 'ich_validate']
+           'judge_answers', 'find_shift', 'describe_rows', 'make_tables', 'read_qure', 'write_pages', 'write_index',
+           'say_dataset', 'save_all', 'validate', 'ich_validate']
 
 # %% ../nbs/37_validate.ipynb #37-003
 import hashlib
@@ -25,8 +25,8 @@ from .geometry import find_geometry
 from .calibrate import order_logits, pool_slices, slice_lengths, to_logits
 from .explain import subgroup_table
 from .transfer import DELIVERED, HU_COLUMNS, Judged, calibration_table, compare_published, find_mistakes
-from .transfer import format_headline, group_answers, headline, histogram_distance, judge, level_of
-from .transfer import measure_inputs, measure_training, plot_transfer, position_table
+from .transfer import format_headline, group_answers, headline, histogram_distance, judge
+from .transfer import measure_inputs, measure_training, plot_transfer, position_table, score_probabilities
 from .transfer import shift_table, transfer_metrics, transfer_thresholds
 from .predict import DETAILS, decide, score_stack
 from .viewer import hash_uid, write_viewer
@@ -227,18 +227,6 @@ def read_qure(
     table = read_csv(Path(csv), ("name", *columns)).set_index("name")[columns]
     return table.apply(pd.to_numeric, errors="coerce").set_axis(list(LABELS), axis=1)
 
-
-def score_probabilities(
-    labels: pd.DataFrame,  # a row per study: those of LABELS that exist, PatientID
-    p: pd.DataFrame,  # a row per study, likewise
-    name: str,  # of the system
-    **boot,  # n_boot, seed
-) -> pd.DataFrame:  # of `transfer_metrics`
-    "Metrics of a system of which there are only probabilities, on the studies that have both."
-    both = labels[labels.index.isin(p.dropna().index)]
-    level, known = level_of(both, p.loc[both.index], both["PatientID"].to_numpy())
-    return transfer_metrics({name: level}, known, **boot)
-
 # %% ../nbs/37_validate.ipynb #37-035
 def write_pages(
     mistakes: pd.DataFrame,  # of `find_mistakes`
@@ -340,6 +328,7 @@ def validate(
     device: str = "",  # cuda or cpu
     n_boot: int = 1000,  # draws of patients
     seed: int = 42,
+    vendors: dict[str, pd.DataFrame] | None = None,  # probabilities of other systems, a row per study
     progress: bool = False,  # show a bar
 ) -> dict[str, pd.DataFrame]:  # the tables, by name
     "Ask, judge, write. Raises `InputError` for whatever stops it; asked again, it goes on."
@@ -352,6 +341,9 @@ def validate(
     save_all(out, {"series": series, "reasons": reasons}, note)
     judged, used = judge_answers(answers, dataset, model.card, seed), series[series["used"].eq(True)]
     tables = make_tables(judged, dataset, used, model.card, **boot)
+    for name, p in (vendors or {}).items():
+        theirs = score_probabilities(dataset.labels.loc[judged["study"].rows.index], p, name, **boot)
+        tables["published"] = pd.concat([tables["published"], compare_published(theirs, "none", "study", name)])
     tables["shift"] = find_shift(answers, used, judged, model_dir, model.card)
     if "slice" in judged:
         tables["position"] = position_table(judged["slice"], **boot)
@@ -375,8 +367,9 @@ def ich_validate(
 ):
     "What is left of a model on another hospital's data. Not a medical device."
     try:
-        opened = open_dataset(dataset, data, labels)
-        tables = validate(model, opened, out, device=device, n_boot=n_boot, progress=True)
+        opened, qure = open_dataset(dataset, data, labels), Path(data) / "prediction_probabilities.csv"
+        vendors = {"Qure, the same studies": read_qure(qure)} if dataset == "cq500" and qure.is_file() else {}
+        tables = validate(model, opened, out, device=device, n_boot=n_boot, vendors=vendors, progress=True)
     except KeyboardInterrupt:
         raise InputError(f"{out}: stopped; the same command goes on") from None
     print(f"{format_headline(tables['headline'])}\n\nMore: {Path(out) / 'index.html'}")
