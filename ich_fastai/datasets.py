@@ -103,7 +103,7 @@ def read_dicom(
         table = choose_series(tabulate_series(images), geometry)
         if not table["used"].any():
             why = (table["description"] + ": " + table["reason"]).str.removeprefix(": ")
-            raise InputError(f"no usable series: {name_some(why, 3)}")
+            raise InputError(f"no usable series: {'; '.join(why.head(4))}")
         row = next(table[table["used"]].itertuples())
         with Decoder() as decoder:
             stack = read_series(images.loc[row.images], row, size, geometry, decoder)
