@@ -103,7 +103,7 @@ def read_dicom(
         table = choose_series(tabulate_series(images), geometry)
         if not table["used"].any():
             why = (table["description"] + ": " + table["reason"]).str.removeprefix(": ")
-            raise InputError(f"no usable series: {name_some(why, 3)}")
+            raise InputError(f"no usable series: {'; '.join(why.head(4))}")
         row = next(table[table["used"]].itertuples())
         with Decoder() as decoder:
             stack = read_series(images.loc[row.images], row, size, geometry, decoder)
@@ -167,7 +167,7 @@ def join_files(
         raise InputError(f"{csv}: {whose}, but {there}: nothing fits; is it the right folder?")
     return studies, reasons
 
-# %% ../nbs/36_datasets.ipynb #36-020
+# %% ../nbs/36_datasets.ipynb #36-021
 CQ500_NAMES = dict(zip(LABELS, ("EDH", "IPH", "IVH", "SAH", "SDH", "ICH"), strict=True))
 
 
@@ -180,7 +180,7 @@ def read_cq500(csv: Path) -> pd.DataFrame:  # reads.csv
     y = to_labels(y.where(votes.isin([0, 1]).all(axis=1), math.nan), csv)
     return y.assign(PatientID=y.index, study=y.index, category=table["Category"])
 
-# %% ../nbs/36_datasets.ipynb #36-022
+# %% ../nbs/36_datasets.ipynb #36-023
 def read_boxes(folder: Path) -> pd.DataFrame | None:  # CQ500's, with the CSV of BHX somewhere in it
     "Boxes around hemorrhages: SOPInstanceUID, label, x, y, width, height (px); None where the CSV is not there."
     found = sorted([*folder.glob("*Selected_Series.csv"), *folder.glob("*/*Selected_Series.csv")])
@@ -194,7 +194,7 @@ def read_boxes(folder: Path) -> pd.DataFrame | None:  # CQ500's, with the CSV of
         raise InputError(f"{found[0]}: a box that is not {{'x': .., 'y': .., 'width': .., 'height': ..}}") from e
     return table[["SOPInstanceUID"]].assign(label=table["labelName"].str.lower()).join(sides)
 
-# %% ../nbs/36_datasets.ipynb #36-023
+# %% ../nbs/36_datasets.ipynb #36-024
 def find_folder(folder: str | Path, name: str) -> Path:  # the dataset's; its name
     "The folder. Raises `InputError` where it is none."
     if not Path(folder).is_dir():
@@ -214,7 +214,7 @@ def open_cq500(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     studies, reasons = join_files(labels, found, csv)
     return Dataset(facts, "study", labels, studies, partial(read_dicom, found), reasons, boxes=read_boxes(folder))
 
-# %% ../nbs/36_datasets.ipynb #36-026
+# %% ../nbs/36_datasets.ipynb #36-027
 KEYS = {"SOPInstanceUID": "slice", "StudyInstanceUID": "study", "folder": "study"}
 
 
@@ -241,7 +241,7 @@ def join_headers(
     patient = labels.get("PatientID", found["PatientID"].replace("", math.nan))
     return labels.assign(PatientID=patient.fillna(study), study=study)
 
-# %% ../nbs/36_datasets.ipynb #36-027
+# %% ../nbs/36_datasets.ipynb #36-028
 def open_headers(folder: Path, labels: pd.DataFrame, level: str, csv: Path, facts: pd.Series) -> Dataset:
     "A dataset whose labels name slices or studies by their UIDs."
     scratch = tempfile.TemporaryDirectory()  # for what is unpacked
@@ -280,7 +280,7 @@ def open_folder(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     studies, reasons = join_files(labels, files, csv)
     return Dataset(facts, "study", labels, studies, partial(read_dicom, files), reasons)
 
-# %% ../nbs/36_datasets.ipynb #36-030
+# %% ../nbs/36_datasets.ipynb #36-031
 def stack_volume(
     read: Callable[[str], tuple[Volume, list[str]]],  # of a study: its volume, the names of its slices
     study: str,
@@ -305,7 +305,7 @@ def stack_volume(
     errors = {ids[k]: why for k, why in stack.errors.items()}
     return stack._replace(ids=ids, errors=errors, notes=notes), table
 
-# %% ../nbs/36_datasets.ipynb #36-032
+# %% ../nbs/36_datasets.ipynb #36-034
 def read_numbered(
     files: dict[str, list[Path]],
     labels: pd.DataFrame,  # index <study>_<number from 1>
@@ -318,7 +318,7 @@ def read_numbered(
         raise DicomError(f"{len(names)} slices, but labels of others: {n} of either do not fit")
     return volume, names
 
-
+# %% ../nbs/36_datasets.ipynb #36-036
 def open_volumes(files: dict[str, list[Path]], labels: pd.DataFrame, csv: Path, facts: pd.Series) -> Dataset:
     "Volumes with a label per slice; a study is a patient."
     studies, reasons = join_files(labels, files, csv)
@@ -327,7 +327,7 @@ def open_volumes(files: dict[str, list[Path]], labels: pd.DataFrame, csv: Path, 
         facts, "slice", labels, studies, partial(stack_volume, partial(read_numbered, files, labels)), reasons
     )
 
-# %% ../nbs/36_datasets.ipynb #36-033
+# %% ../nbs/36_datasets.ipynb #36-037
 def open_ct_ich(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     "CT-ICH: five kinds by slice; `any` is their OR."
     csv = csv or folder / "hemorrhage_diagnosis_raw_ct.csv"
@@ -358,7 +358,7 @@ def open_instance(folder: Path, masks: Path | None, facts: pd.Series) -> Dataset
     labels = pd.DataFrame.from_dict(rows, orient="index", columns=["study", "any"])
     return open_volumes(find_volumes(home / "data"), labels.astype({"any": "uint8"}), masks, facts)
 
-# %% ../nbs/36_datasets.ipynb #36-035
+# %% ../nbs/36_datasets.ipynb #36-040
 def open_pictures(name: str, folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     "A set of 8-bit pictures of PICTURE_SETS; a study is a patient."
     about = PICTURE_SETS[name]
@@ -372,7 +372,7 @@ def open_pictures(name: str, folder: Path, csv: Path | None, facts: pd.Series) -
         facts, "slice", labels, studies, partial(stack_volume, partial(read_pictures, home, rows, about)), reasons
     )
 
-# %% ../nbs/36_datasets.ipynb #36-037
+# %% ../nbs/36_datasets.ipynb #36-043
 ADAPTERS = {"rsna": open_rsna, "cq500": open_cq500, "ct_ich": open_ct_ich, "instance2022": open_instance}
 ADAPTERS |= {name: partial(open_pictures, name) for name in PICTURE_SETS} | {"folder": open_folder}
 
