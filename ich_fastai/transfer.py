@@ -77,6 +77,7 @@ def judge(
     cut = np.broadcast_to(np.asarray(threshold, float), y.shape)
     delivered = Level(y, patients, x, fold, raw, raw, p, cut, both, both)
     refit = Level(y, patients, x, fold, raw, raw, *cross_fit(y, x, patients, fold, **options))
+    refit.calibrated[:, y.min(axis=0) == y.max(axis=0)] = np.nan  # of one class there is nothing to fit
     return {DELIVERED: delivered, REFIT: refit}, known
 
 # %% ../nbs/28_transfer.ipynb #28-020
@@ -94,6 +95,8 @@ def transfer_metrics(
         for label in known:
             k = LABELS.index(label)
             y, p = d.y[:, k], d.calibrated[:, k]
+            if np.isnan(p).all():  # nothing was fitted
+                continue
             values = label_metrics(y, p, patient, draws, d.threshold[:, k], d.x[:, k])
             if np.isnan(d.threshold[:, k]).all():
                 values = {m: v for m, v in values.items() if m not in ("sensitivity", "specificity")}
@@ -125,6 +128,8 @@ def calibration_table(
     for label in metrics["label"].unique():
         k = LABELS.index(label)
         for name, d in levels.items():
+            if np.isnan(d.calibrated[:, k]).all():
+                continue
             found = {m: str(Estimate(*of.loc[(name, label, m), ESTIMATE])) for m in names}
             fit = fit_platt(d.x[:, k], d.y[:, k], d.patients, level) if name == REFIT else (None, None)
             counts = {"mean": d.calibrated[:, k].mean(), "prevalence": d.y[:, k].mean(), "n": len(d.y)}
@@ -168,7 +173,9 @@ def transfer_thresholds(
 ) -> pd.DataFrame:  # probabilities, and the other columns of `threshold_table`
     "Sensitivity, specificity and predictive values of the labels that exist, at delivered and at local thresholds."
     table = threshold_table(levels, sensitivity, **boot).rename(columns={"level": "probabilities"})
-    return table[table["label"].isin(known)].reset_index(drop=True)
+    refit = zip(LABELS, np.isfinite(levels[REFIT].calibrated).any(axis=0), strict=True)
+    kept = table["probabilities"].ne(REFIT) | table["label"].isin([label for label, fitted in refit if fitted])
+    return table[table["label"].isin(known) & kept].reset_index(drop=True)
 
 # %% ../nbs/28_transfer.ipynb #28-035
 THICKNESS = ([0, 1.5, 3.5, 6, np.inf], ["up to 1.5 mm", "1.5 to 3.5 mm", "3.5 to 6 mm", "over 6 mm"])

@@ -18,7 +18,8 @@ import pandas as pd
 from fastcore.script import call_parse
 from tqdm.auto import tqdm
 
-from .core import InputError, format_table, read_stage, save_captioned, save_json, save_table, write_file
+from .core import InputError, format_table, read_stage, save_captioned, save_json, save_table, set_style
+from .core import write_file
 from .labels import LABELS, LOGITS
 from .model import Model, load_model
 from .geometry import find_geometry
@@ -32,7 +33,7 @@ from .predict import DETAILS, decide, score_stack
 from .viewer import hash_uid, write_viewer
 from .datasets import CQ500_NAMES, Dataset, check_independent, open_dataset, read_csv
 
-# %% ../nbs/37_validate.ipynb #37-009
+# %% ../nbs/37_validate.ipynb #37-008
 def check_overlap(
     dataset: Dataset,
     model_dir: str | Path,  # model/ of a run; the run's cohort.parquet may lie beside it
@@ -49,7 +50,7 @@ def check_overlap(
             what = f"{len(both):,} of its slices or studies were in the model's training run, e.g. {both[0]}"
             raise InputError(f"{dataset.facts.name}: refused: {what}; validate on other patients")
 
-# %% ../nbs/37_validate.ipynb #37-012
+# %% ../nbs/37_validate.ipynb #37-011
 INPUTS = ["noise_hu", "brain_fraction", *HU_COLUMNS]
 ANSWERS = ["id", "study", "z_mm", *LOGITS, *INPUTS, "error"]
 
@@ -71,7 +72,7 @@ def ask_study(
     table["error"] = [None if ok else stack.errors.get(i, "not read") for i, ok in zip(stack.ids, good, strict=True)]
     return table[ANSWERS]
 
-# %% ../nbs/37_validate.ipynb #37-014
+# %% ../nbs/37_validate.ipynb #37-013
 def ask_all(
     model: Model,
     dataset: Dataset,
@@ -93,7 +94,7 @@ def ask_all(
         tables.append(table)
     return pd.concat([t.dropna(axis=1, how="all") for t in tables], ignore_index=True).reindex(columns=ANSWERS)
 
-# %% ../nbs/37_validate.ipynb #37-017
+# %% ../nbs/37_validate.ipynb #37-016
 def claim_folder(
     out: str | Path,  # the folder of a validation
     model_dir: str | Path,  # model/ of a run
@@ -112,7 +113,7 @@ def claim_folder(
     save_json(mine, path)
     return path.parent
 
-# %% ../nbs/37_validate.ipynb #37-020
+# %% ../nbs/37_validate.ipynb #37-019
 def deliver(
     rows: pd.DataFrame,  # of `ask_all`, those with an answer
     card: dict,  # model.json
@@ -127,7 +128,7 @@ def deliver(
     study = pd.factorize(rows["study"], sort=True)[0]
     return pool_slices(x, study, mm), decide(logits, card, study, mm)[list(LABELS)].to_numpy()
 
-# %% ../nbs/37_validate.ipynb #37-022
+# %% ../nbs/37_validate.ipynb #37-021
 def judge_answers(
     answers: pd.DataFrame,  # of `ask_all`
     dataset: Dataset,
@@ -157,7 +158,7 @@ def judge_answers(
         found[level] = Judged(*judge(y[names], x, p, cut, y["PatientID"].to_numpy(), **how), rows)
     return found
 
-# %% ../nbs/37_validate.ipynb #37-025
+# %% ../nbs/37_validate.ipynb #37-024
 def find_shift(
     answers: pd.DataFrame,  # of `ask_all`
     series: pd.DataFrame,  # a row per study: the series that was used
@@ -170,8 +171,9 @@ def find_shift(
     good = answers[answers["error"].isna()]
     here: dict = {"noise, HU": good["noise_hu"], "brain fraction": good["brain_fraction"]}
     known |= {"noise, HU": seen["noise_hu"], "brain fraction": seen["brain_fraction"]} if len(seen) else {}
-    if {"spacing_mm", "thickness_mm"} <= set(series):
-        here |= {"spacing of slices, mm": series["spacing_mm"], "thickness of slices, mm": series["thickness_mm"]}
+    here |= {
+        f"{name} of slices, mm": series[f"{name}_mm"] for name in ("spacing", "thickness") if f"{name}_mm" in series
+    }
     for level, j in judged.items():
         shares = j.levels[DELIVERED].y.mean(axis=0)
         here |= {f"share with {name}, by {level}": shares[LABELS.index(name)] for name in j.known}
@@ -180,7 +182,7 @@ def find_shift(
         here, known = here | {name: histogram_distance(good, seen)}, known | {name: 0.0}
     return shift_table(here, known)
 
-# %% ../nbs/37_validate.ipynb #37-028
+# %% ../nbs/37_validate.ipynb #37-027
 def describe_rows(
     rows: pd.DataFrame,  # of `Judged`: study
     dataset: Dataset,
@@ -199,6 +201,7 @@ def make_tables(
     dataset: Dataset,
     series: pd.DataFrame,  # a row per study: the series that was used
     card: dict,  # model.json
+    vendors: dict[str, pd.DataFrame] | None = None,  # probabilities of other systems, a row per study
     **boot,  # n_boot, seed
 ) -> dict[str, pd.DataFrame]:
     "Metrics, calibration, thresholds, subgroups and the published figures, all levels together."
@@ -211,14 +214,18 @@ def make_tables(
         tables += [transfer_thresholds(j.levels, j.known, wanted, **boot)]
         tables += [subgroup_table(j.levels[DELIVERED], groups, **boot) if "any" in j.known else pd.DataFrame()]
         for name, table in zip(parts, tables, strict=False):
-            parts[name].append(table.assign(level=level))
+            table.insert(0, "level", level)
+            parts[name].append(table)
         parts["published"].append(compare_published(metrics, dataset.facts.name, level))
+    for name, p in (vendors or {}).items():
+        theirs = score_probabilities(dataset.labels.loc[judged["study"].rows.index], p, name, **boot)
+        parts["published"].append(compare_published(theirs, "none", "study", name))
     done = {name: pd.concat(found, ignore_index=True) for name, found in parts.items()}
     done["headline"] = headline(done["metrics"])
     done["published"] = done["published"].drop_duplicates(["system", "label", "level"], ignore_index=True)
     return done
 
-# %% ../nbs/37_validate.ipynb #37-031
+# %% ../nbs/37_validate.ipynb #37-030
 def read_qure(
     csv: str | Path,  # prediction_probabilities.csv
 ) -> pd.DataFrame:  # index: CQ500-CT-<N>; LABELS, float64
@@ -227,7 +234,7 @@ def read_qure(
     table = read_csv(Path(csv), ("name", *columns)).set_index("name")[columns]
     return table.apply(pd.to_numeric, errors="coerce").set_axis(list(LABELS), axis=1)
 
-# %% ../nbs/37_validate.ipynb #37-035
+# %% ../nbs/37_validate.ipynb #37-034
 def write_pages(
     mistakes: pd.DataFrame,  # of `find_mistakes`
     dataset: Dataset,
@@ -252,7 +259,7 @@ def write_pages(
         write_viewer(table, hu, Path(folder) / pages[study], card=model.card, truth=truth, note=note)
     return mistakes.assign(page=mistakes["study"].map(pages))
 
-# %% ../nbs/37_validate.ipynb #37-039
+# %% ../nbs/37_validate.ipynb #37-038
 STYLE = "body{font:15px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
 STYLE += (
     "td,th{padding:.2em .6em;text-align:left;border-bottom:1px solid #ddd}.wide{overflow-x:auto}img{max-width:100%}"
@@ -278,12 +285,12 @@ def write_index(
     tables: dict[str, pd.DataFrame],  # of `make_tables`
     figures: list[str],  # names in figures/
 ) -> None:
-    "index.html: paragraphs, tables in READ_FIRST, figures; the column `page` is linked."
+    "index.html: paragraphs, tables in READ_FIRST without names, figures; the column `page` is linked."
     parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(text)}</p>" for text in words)]
     for name, caption in READ_FIRST.items():
         if not len(table := tables.get(name, pd.DataFrame())):
             continue
-        shown = format_table(table).map(escape)
+        shown = format_table(table.drop(columns=["name", "study"], errors="ignore")).map(escape)
         if "page" in table:
             shown["page"] = [f'<a href="pages/{name}">look</a>' for name in shown["page"]]
         html = shown.to_html(index=False, border=0, escape=False)
@@ -292,7 +299,7 @@ def write_index(
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     write_file(out / "index.html", lambda p: p.write_text(head + "\n".join(parts) + "</html>\n", encoding="utf-8"))
 
-# %% ../nbs/37_validate.ipynb #37-042
+# %% ../nbs/37_validate.ipynb #37-041
 def say_dataset(
     dataset: Dataset,
     judged: dict[str, Judged],
@@ -309,8 +316,6 @@ def say_dataset(
         y = j.levels[DELIVERED].y[:, -1]
         if "any" in j.known and y.all():
             words.append(f"By {level} all bleed: no specificity and no AUC of any.")
-    others = len(dataset.reasons) - failed
-    words += [f"{others:,} further reasons (no files, no labels) in tables/reasons.csv."] if others > 0 else []
     return [*words, "Not a medical device: for research and teaching only."]
 
 
@@ -319,7 +324,7 @@ def save_all(out: Path, tables: dict[str, pd.DataFrame], note: str) -> None:
     for name, table in tables.items():
         save_table(table.assign(data=note) if note and name != "reasons" else table, out / "tables" / f"{name}.csv")
 
-# %% ../nbs/37_validate.ipynb #37-044
+# %% ../nbs/37_validate.ipynb #37-043
 def validate(
     model_dir: str | Path,  # model/ of a run
     dataset: Dataset,
@@ -333,28 +338,25 @@ def validate(
 ) -> dict[str, pd.DataFrame]:  # the tables, by name
     "Ask, judge, write. Raises `InputError` for whatever stops it; asked again, it goes on."
     out, boot, note = Path(out), {"n_boot": n_boot, "seed": seed}, dataset.facts["note"]
+    set_style()
     model = load_model(model_dir, device or None)
     check_overlap(dataset, model_dir, model.card)
     answers = ask_all(model, dataset, claim_folder(out, model_dir, model.card, dataset), progress)
     series = pd.concat([pd.DataFrame(columns=["study", "used"]), *dataset.series.values()], ignore_index=True)
     reasons = pd.DataFrame(dataset.reasons.items(), columns=["study", "reason"])
-    save_all(out, {"series": series, "reasons": reasons}, note)
+    save_all(out, {"series": series, "reasons": reasons}, note)  # before what may find nothing to judge
     judged, used = judge_answers(answers, dataset, model.card, seed), series[series["used"].eq(True)]
-    tables = make_tables(judged, dataset, used, model.card, **boot)
-    for name, p in (vendors or {}).items():
-        theirs = score_probabilities(dataset.labels.loc[judged["study"].rows.index], p, name, **boot)
-        tables["published"] = pd.concat([tables["published"], compare_published(theirs, "none", "study", name)])
+    tables = make_tables(judged, dataset, used, model.card, vendors, **boot)
     tables["shift"] = find_shift(answers, used, judged, model_dir, model.card)
-    if "slice" in judged:
-        tables["position"] = position_table(judged["slice"], **boot)
+    tables |= {"position": position_table(judged["slice"], **boot)} if "slice" in judged else {}
     tables["mistakes"] = write_pages(find_mistakes(judged[dataset.level]), dataset, answers, model, out / "pages")
     save_all(out, tables, note)
-    figures = {f"reliability-{k}.svg": plot_transfer(j.levels, j.known, f"by {k}", **boot) for k, j in judged.items()}
-    save_captioned({name: (figure, note) for name, figure in figures.items()}, out)
-    write_index(out, f"A model on {dataset.facts.name}", say_dataset(dataset, judged, answers), tables, [*figures])
+    plots = {f"reliability-{k}.svg": plot_transfer(j.levels, j.known, f"by {k}", **boot) for k, j in judged.items()}
+    save_captioned({name: (figure, note) for name, figure in plots.items()}, out)
+    write_index(out, f"A model on {dataset.facts.name}", say_dataset(dataset, judged, answers), tables, [*plots])
     return tables
 
-# %% ../nbs/37_validate.ipynb #37-047
+# %% ../nbs/37_validate.ipynb #37-046
 @call_parse
 def ich_validate(
     model: str,  # model/ folder of a run
