@@ -110,6 +110,7 @@ TEXT: tuple[str, ...] = (
 )
 TEXT += ("SeriesDescription", "ConvolutionKernel", "ContrastBolusAgent", "RescaleType", "BurnedInAnnotation")
 TEXT += ("PatientPosition", "AcquisitionNumber", "TemporalPositionIdentifier", "AcquisitionTime", "ContentTime")
+TEXT += ("ManufacturerModelName",)
 NUMBERS: tuple[str, ...] = (
     "ImagePositionPatient",
     "ImageOrientationPatient",

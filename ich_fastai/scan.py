@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENCODINGS', 'TRAPS', 'FILE_TRAPS', 'COMPRESSIONS', 'Scan', 'draw_scan', 'draw_slice', 'Encoding', 'Series',
-           'resize_odd', 'write_slice', 'truncate_file']
+           'resize_odd', 'compress_file', 'write_slice', 'truncate_file']
 
 # %% ../nbs/05_scan.ipynb #05-002
 import hashlib
@@ -249,7 +249,7 @@ COMPRESSIONS = {"rle": "RLELossless", "jpeg": "JPEGLosslessProcess14_1"}  # name
 COMPRESSIONS |= {"jpegls": "JPEGLSLossless", "jpeg2000": "JPEG2000Lossless"}
 
 # %% ../nbs/05_scan.ipynb #05-049
-def _compress(path: Path, compress: str) -> None:  # a DICOM file, explicit VR; a key of COMPRESSIONS
+def compress_file(path: Path, compress: str) -> None:  # a DICOM file, explicit VR; a key of COMPRESSIONS
     "Compress the file's pixels in place; its other tags stay as they are."
     import gdcm
 
@@ -293,7 +293,7 @@ def write_slice(
         # enforce_file_format would put ID_... into the file meta
         pydicom.dcmwrite(path, ds, implicit_vr=series.implicit, little_endian=True)
         if series.compress:
-            _compress(path, series.compress)
+            compress_file(path, series.compress)
 
 # %% ../nbs/05_scan.ipynb #05-055
 def truncate_file(path: Path) -> None:

@@ -6,12 +6,12 @@
 __all__ = ['TIMES', 'MIN_SLICES', 'MIN_MM', 'MAX_TILT', 'MAX_NOISE', 'MAX_BRIGHT', 'SHARP', 'CONTRAST', 'PLAIN', 'group_series',
            'find_outliers', 'split_times', 'order_images', 'refuse_place', 'Sight', 'read_upright', 'look_at',
            'refuse_sight', 'describe_series', 'tabulate_series', 'choose_series', 'show_text', 'format_series',
-           'Survey', 'check_wanted', 'survey_study', 'survey_files', 'Stack', 'read_series']
+           'Survey', 'check_wanted', 'survey_study', 'survey_files', 'Stack', 'stack_slices', 'read_series']
 
 # %% ../nbs/30_series.ipynb #30-002
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from textwrap import wrap
@@ -151,16 +151,14 @@ def read_upright(
 
 # %% ../nbs/30_series.ipynb #30-020
 def look_at(
-    series: pd.DataFrame,  # ordered images
-    decoder: Decoder,
-    most: int = 7,  # slices
+    read: Callable[[int], tuple[np.ndarray, tuple[float, float]]],  # of the k-th image, what `read_upright` gives
+    n: int,  # images, in order
 ) -> Sight:
     "The middle of a series, seen through some of its slices."
-    n, looks, why = len(series), list[Look](), ""
-    chosen = sorted(set(np.linspace(0.2 * n, 0.8 * n, min(n, most)).astype(int).clip(0, n - 1)))
-    for image in series.iloc[chosen].itertuples():
+    looks, why = list[Look](), ""
+    for k in sorted(set(np.linspace(0.2 * n, 0.8 * n, min(n, 7)).astype(int).clip(0, n - 1))):
         try:
-            looks.append(measure_look(*read_upright(image, decoder)))
+            looks.append(measure_look(*read(k)))
         except DicomError as e:
             why = why or printable(str(e))
     seen = [look for look in looks if look.is_head]
@@ -171,6 +169,11 @@ def look_at(
     middle = (float(top + bottom) / 2, float(left + right) / 2, float(max(right - left, bottom - top)))
     noise, bright = (float(np.median([getattr(look, name) for look in seen])) for name in ("noise", "bright"))
     return Sight(len(seen) / len(looks), noise, bright, *middle, float(np.mean([look.cut for look in seen])), why)
+
+
+def _reader(series: pd.DataFrame, decoder: Decoder):  # ordered images: what reads the k-th
+    rows = list(series.itertuples())
+    return lambda k: read_upright(rows[k], decoder)
 
 # %% ../nbs/30_series.ipynb #30-023
 def refuse_sight(series: pd.DataFrame, sight: Sight, thickness: float) -> str:  # ordered images; mm, or NaN
@@ -207,7 +210,7 @@ def describe_series(series: pd.DataFrame, decoder: Decoder) -> dict:  # usable i
     thickness, mm = (said if said > 0 else gap), (first["PixelSpacing"] or (math.nan,))[0]
     reason, sight = refuse_place(series, span), Sight()
     if not reason or reason.startswith(("covers", "1 ")) or "position" in reason:
-        sight = look_at(series, decoder)
+        sight = look_at(_reader(series, decoder), len(series))
         reason = reason or refuse_sight(series, sight, thickness)
     notes = [note] if note else []
     if len(gaps) and gaps.max() > 1.9 * gap:
@@ -240,6 +243,7 @@ def tabulate_series(
             good = good[why.eq("")]
             first = every.iloc[0]
             ids = {name: first[name] for name in ("file", "study", "PatientID")} | {"uid": first["SeriesInstanceUID"]}
+            ids["scanner"] = first["ManufacturerModelName"]
             ids["number"] = first["SeriesNumber"][0] if first["SeriesNumber"] else math.inf
             if good.empty:
                 about = {"slices": len(every), "reason": first["error"], "description": first["SeriesDescription"]}
@@ -361,8 +365,40 @@ class Stack(NamedTuple):
     step: int  # how many slabs away a neighbor is; 0 where there is no order
     errors: dict  # index of an image: why it cannot be read
     notes: list[str]  # what was done to the slices
+    z_mm: np.ndarray = np.empty(0)  # (n,) of each image; NaN where unknown
+    ids: tuple[str, ...] = ()  # (n,) SOPInstanceUID
 
 # %% ../nbs/30_series.ipynb #30-038
+def stack_slices(
+    read: Callable[[int], tuple[np.ndarray, tuple[float, float]]],  # as `look_at` has it
+    z_mm: np.ndarray,  # (n,) mm, in order; NaN where unknown
+    sight,  # with `top`, `left` and `side` of `Sight`
+    size: int,  # px, of the cache that the model was trained on
+    geometry: Geometry | None,  # of the training; None: slices as they are
+    ordered: bool = True,  # do the slices follow each other?
+) -> Stack:  # `errors` by number
+    "Slices in the training's field of view, thin ones averaged."
+    hu: np.ndarray = np.empty((len(z_mm), size, size), np.int16)
+    errors, good, notes = {}, list[int](), set[str]()
+    for k in range(len(z_mm)):
+        try:
+            pixels, note = fit_slice(*read(k), (sight.top, sight.left), sight.side, geometry)
+        except DicomError as e:
+            errors[k] = printable(str(e))
+            continue
+        hu[k] = resize_slice(np.ascontiguousarray(pixels), size)
+        good.append(k)
+        notes |= {note} - {""}
+    slab: np.ndarray = np.full(len(z_mm), -1)
+    z, step = z_mm[good], 1
+    slab[good] = np.arange(len(good))
+    if len(z) and np.isfinite(z).all():
+        slab[good], step = make_slabs(z, geometry)
+    stack = average_slabs(hu[good], slab[good])
+    thin = [f"{len(good)} thin slices averaged to {len(stack)}"] if len(stack) < len(good) else []
+    return Stack(stack, slab, step if ordered else 0, errors, [*sorted(notes)[:1], *thin], z_mm)
+
+# %% ../nbs/30_series.ipynb #30-039
 def read_series(
     images: pd.DataFrame,  # of a survey, those of the series in order
     about,  # its row of the survey's table, as a named tuple
@@ -370,23 +406,8 @@ def read_series(
     geometry: Geometry | None,  # of the training; None: slices as they are
     decoder: Decoder,
 ) -> Stack:
-    "The slices of a series, upright, in the training's field of view, thin ones averaged."
-    hu: np.ndarray = np.empty((len(images), size, size), np.int16)
-    errors, good, notes = {}, list[int](), set[str]()
-    for k, image in enumerate(images.itertuples()):
-        try:
-            pixels, note = fit_slice(*read_upright(image, decoder), (about.top, about.left), about.side, geometry)
-        except DicomError as e:
-            errors[image.Index] = printable(str(e))
-            continue
-        hu[k] = resize_slice(np.ascontiguousarray(pixels), size)
-        good.append(k)
-        notes |= {note} - {""}
-    slab: np.ndarray = np.full(len(images), -1)
-    z, step = images["z_mm"].to_numpy(float)[good], 1
-    slab[good] = np.arange(len(good))
-    if len(z) and np.isfinite(z).all():
-        slab[good], step = make_slabs(z, geometry)
-    stack = average_slabs(hu[good], slab[good])
-    thin = [f"{len(good)} thin slices averaged to {len(stack)}"] if len(stack) < len(good) else []
-    return Stack(stack, slab, step if about.ordered else 0, errors, [*sorted(notes)[:1], *thin])
+    "As `stack_slices`, of the slices of a series."
+    read, z = _reader(images, decoder), images["z_mm"].to_numpy(float)
+    stack = stack_slices(read, z, about, size, geometry, about.ordered)
+    errors = {images.index[k]: why for k, why in stack.errors.items()}
+    return stack._replace(errors=errors, ids=tuple(images["SOPInstanceUID"]))

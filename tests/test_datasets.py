@@ -1,0 +1,243 @@
+"Other hospitals' datasets: what a reader gives is what the phantom laid out, pixel by pixel and label by label."
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ich_fastai.core import InputError
+from ich_fastai.datasets import ADAPTERS, check_independent, find_facts, open_dataset, read_boxes, read_cq500
+from ich_fastai.datasets import read_datasets
+from ich_fastai.external import PICTURE_SETS
+from ich_fastai.labels import LABELS
+from ich_fastai.layouts import LAYOUTS, write_layout
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    "Each layout once: its folder and its truth."
+    home = tmp_path_factory.mktemp("layouts")
+    return {name: (home / name, write_layout(name, home / name, size=SIZE)) for name in LAYOUTS}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_labels_level_and_studies_are_the_phantoms(layouts, name):
+    folder, truth = layouts[name]
+    dataset = open_dataset(name, folder)
+    wanted = truth.studies() if name == "cq500" else truth.labels
+    there = [label for label in LABELS if label in dataset.labels]
+    assert there == (["any"] if name in ("instance2022", "phe_sich") else list(LABELS))
+    assert dataset.level == ("study" if name == "cq500" else "slice")
+    assert dataset.labels[there].sort_index().equals(wanted[there].sort_index().astype("uint8"))
+    assert dataset.studies == list(truth.hu) and not dataset.reasons
+    assert dataset.labels["study"].nunique() == dataset.labels["PatientID"].nunique() == len(truth.hu)
+    if name == "cq500":
+        assert dataset.labels["category"].to_list() == ["B1", "B2", "B1"]
+    else:
+        assert dataset.labels["study"].sort_index().equals(truth.labels["study"].sort_index())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_slices_their_order_and_their_sides_are_the_phantoms(layouts, name):
+    folder, truth = layouts[name]
+    dataset = open_dataset(name, folder)
+    for study, hu in list(truth.hu.items())[: 2 if name in ("cq500", "folder") else None]:  # one bleeds, one does not
+        stack = dataset.read(study, SIZE)
+        assert stack.ids == tuple(truth.ids[study]) and not stack.errors and stack.step == 1
+        assert np.allclose(np.diff(stack.z_mm), 5 if name == "phe_sich" else 10)
+        if name != "phe_sich":
+            assert np.array_equal(stack.hu, hu) and not np.array_equal(stack.hu, hu[:, :, ::-1])
+            continue
+        about = PICTURE_SETS[name]
+        center, width = about.exceptions.get(study, about.burned)
+        inside = np.abs(hu - center) < width / 2 - 1
+        assert inside.mean() > 0.1 and np.abs(stack.hu - hu)[inside].max() <= 1
+        assert "no pixel spacing" in stack.notes[0]
+    assert all(table["used"].sum() == 1 for table in dataset.series.values())
+    if name == "cq500":
+        reasons = dataset.series["CQ500-CT-7"].set_index("description")["reason"]
+        assert reasons["thick"] == "" and reasons["bone"].startswith("sharp kernel")
+        assert reasons["contrast"].startswith("contrast") and reasons["scout"].startswith("a localizer")
+
+
+@pytest.mark.parametrize("key", ["StudyInstanceUID", "folder"])
+def test_a_hospitals_labels_may_be_by_study(tmp_path, key):
+    truth = write_layout("folder", tmp_path, size=SIZE, numbers=(1, 3), key=key)
+    dataset = open_dataset("folder", tmp_path)
+    assert dataset.level == "study" and dataset.labels[list(LABELS)].equals(truth.studies().astype("uint8"))
+    assert np.array_equal(dataset.read("2.25.3", SIZE).hu, truth.hu["2.25.3"])
+
+
+def test_labels_that_do_not_exist_stay_out(tmp_path):
+    write_layout("folder", tmp_path, size=SIZE, numbers=(1,))
+    csv = tmp_path / "labels.csv"
+    table = pd.read_csv(csv)
+    table[["SOPInstanceUID", "subdural", "any"]].to_csv(csv, index=False)
+    assert list(open_dataset("folder", tmp_path).labels) == ["subdural", "any", "PatientID", "study"]
+    table.drop(columns="any").assign(subdural=1).to_csv(csv, index=False)
+    assert open_dataset("folder", tmp_path).labels["any"].eq(1).all()  # the OR of all five
+
+
+def edit(csv, change):
+    "Change a table of labels in place."
+    change(pd.read_csv(csv, dtype=str)).to_csv(csv, index=False)
+
+
+def empty(folder):
+    "A folder without its files."
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+WRONG = {  # layout, what is done to it, the message
+    "no folder": ("cq500", lambda d: shutil.rmtree(d), "no such folder; give the one that holds CQ500CT<N>"),
+    "another folder": ("cq500", empty, "has no folder CQ500CT<N> CQ500CT<N>"),
+    "no reads.csv": ("cq500", lambda d: (d / "reads.csv").unlink(), "reads.csv: no such file"),
+    "another table": (
+        "cq500",
+        lambda d: edit(d / "reads.csv", lambda t: t[["name", "Category"]]),
+        "reads.csv: has no column R1:EDH",
+    ),
+    "a label of 2": (
+        "cq500",
+        lambda d: edit(d / "reads.csv", lambda t: t.assign(**{"R1:ICH": "2"})),
+        "3 rows with a label that is not 0 or 1",
+    ),
+    "other studies": (
+        "cq500",
+        lambda d: edit(d / "reads.csv", lambda t: t.assign(name="CQ500-CT-9" + t["name"].str[9:])),
+        "labels of CQ500-CT-97, CQ500-CT-912, CQ500-CT-9490, but files of CQ500-CT-",
+    ),
+    "no volumes": ("ct_ich", lambda d: empty(d / "ct_scans"), "but no files: nothing fits"),
+    "no masks": ("instance2022", lambda d: empty(d / "train_2" / "label"), "no mask NNN.nii.gz in it"),
+    "no pictures": ("phe_sich", lambda d: empty(d / "slices"), "but no files: nothing fits"),
+    "no key": (
+        "folder",
+        lambda d: edit(d / "labels.csv", lambda t: t.rename(columns={"SOPInstanceUID": "name"})),
+        "labels.csv: has no column that names what is labelled: SOPInstanceUID, StudyInstanceUID, folder",
+    ),
+    "no label": (
+        "folder",
+        lambda d: edit(d / "labels.csv", lambda t: t[["SOPInstanceUID"]]),
+        "labels.csv: has no label; name a column epidural",
+    ),
+    "other slices": (
+        "folder",
+        lambda d: edit(d / "labels.csv", lambda t: t.assign(SOPInstanceUID=t["SOPInstanceUID"] + ".7")),
+        "labels of other slices, but files of 2.25.1",
+    ),
+    "a name twice": (
+        "folder",
+        lambda d: edit(d / "labels.csv", lambda t: t.assign(SOPInstanceUID="2.25.1.1.1")),
+        "31 rows with a label that is not 0 or 1, a name that occurs twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_one_line(layouts, tmp_path, case):
+    name, harm, message = WRONG[case]
+    folder = shutil.copytree(layouts[name][0], tmp_path / "data")
+    harm(folder)
+    with pytest.raises(InputError) as e:
+        open_dataset(name, folder)
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+BROKEN = {  # layout, study, what is done to its files, the reason
+    "no images": ("cq500", "CQ500-CT-7", lambda d: empty(d / "CQ500CT7 CQ500CT7"), "nothing in it"),
+    "one series, bone": (
+        "cq500",
+        "CQ500-CT-7",
+        lambda d: [shutil.rmtree(d / "CQ500CT7 CQ500CT7" / "Unknown Study" / s) for s in ("thick", "contrast")],
+        "no usable series: bone: sharp kernel: H70h; scout: a localizer",
+    ),
+    "no volume": ("ct_ich", "049", lambda d: (d / "ct_scans" / "049.nii").write_bytes(b"x" * 500), "as NIfTI"),
+    "fewer labels": (
+        "ct_ich",
+        "049",
+        lambda d: edit(d / "hemorrhage_diagnosis_raw_ct.csv", lambda t: t.drop(index=3)),
+        "16 slices, but labels of others: 1 of either do not fit",
+    ),
+    "no picture": (
+        "phe_sich",
+        "0001",
+        lambda d: [p.write_bytes(b"x") for p in (d / "slices").glob("0001*")],
+        "no readable picture",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_study_that_cannot_be_read_is_one_line_and_a_reason(layouts, tmp_path, case):
+    name, study, harm, message = BROKEN[case]
+    folder = shutil.copytree(layouts[name][0], tmp_path / "data")
+    harm(folder)
+    dataset = open_dataset(name, folder)
+    with pytest.raises(InputError) as e:
+        dataset.read(study, SIZE)
+    assert str(e.value).startswith(f"{name}, study {study}: ") and "\n" not in str(e.value)
+    assert message in dataset.reasons[study]
+    assert list(dataset.reasons) == [study]
+
+
+def test_missing_files_and_labels_are_said(layouts, tmp_path):
+    folder = shutil.copytree(layouts["cq500"][0], tmp_path / "data")
+    shutil.rmtree(folder / "CQ500CT7 CQ500CT7")
+    edit(folder / "reads.csv", lambda t: t[t["name"] != "CQ500-CT-490"])
+    dataset = open_dataset("cq500", folder)
+    assert dataset.studies == ["CQ500-CT-12"]
+    assert dataset.reasons == {"CQ500-CT-7": "labels without files", "CQ500-CT-490": "files without labels"}
+
+
+def test_a_picture_that_cannot_be_read_is_an_error_of_its_own(layouts, tmp_path):
+    folder = shutil.copytree(layouts["phe_sich"][0], tmp_path / "data")
+    (folder / "slices" / "0001_03.png").write_bytes(b"x")
+    stack = open_dataset("phe_sich", folder).read("0001", SIZE)
+    assert list(stack.errors) == ["0001_03"] and (stack.slab == -1).sum() == 1 and len(stack.hu) == 15
+
+
+@pytest.mark.parametrize("name", ["bhsd", "mbh_seg", "hemseg200"])
+def test_rsnas_patients_under_another_name_are_refused(name, tmp_path):
+    for trained_on in ("rsna", ""):
+        with pytest.raises(InputError, match="RSNA's studies"):
+            check_independent(find_facts(name), {"trained_on": trained_on})
+    check_independent(find_facts(name), {"trained_on": "phantom"})
+    with pytest.raises(InputError, match=f"{name}: known, but not read"):
+        open_dataset(name, tmp_path)
+
+
+def test_the_table_says_all_that_it_promises():
+    table = read_datasets()
+    assert set(ADAPTERS) <= set(table.index) and set(table["independent"]) == set(table["hu"]) == {"yes", "no"}
+    assert table[["title", "get", "terms", "layout", "labels", "level"]].ne("").all(axis=None)
+    assert "no HU" in table.loc["phe_sich", "note"] and "no specificity" in table.loc["instance2022", "note"]
+
+
+def test_boxes_of_bhx_are_read(tmp_path):
+    assert read_boxes(tmp_path) is None
+    csv = tmp_path / "3_Extrapolation_to_Selected_Series.csv"
+    csv.write_text("SOPInstanceUID,data,labelName\n1.2,\"{'x': 3.5, 'y': 4, 'width': 10, 'height': 20}\",Subdural\n")
+    assert read_boxes(tmp_path).iloc[0].to_list() == ["1.2", "subdural", 3.5, 4, 10, 20]
+    csv.write_text("SOPInstanceUID,data,labelName\n1.2,{},Subdural\n")
+    with pytest.raises(InputError, match="a box that is not"):
+        read_boxes(tmp_path)
+
+
+def test_the_real_reads_of_cq500(real_data):
+    labels = read_cq500(real_data / "cq500" / "reads.csv")
+    assert labels[list(LABELS)].sum().to_list() == [13, 134, 28, 60, 53, 205]
+    assert labels["category"].value_counts().to_dict() == {"B2": 277, "B1": 214}
+
+
+def test_the_real_slices_of_phe_sich(real_data):
+    dataset = open_dataset("phe_sich", real_data / "phe_sich")
+    assert (len(dataset.labels), dataset.labels["any"].sum(), len(dataset.studies)) == (1695, 371, 59)
+    stack = dataset.read("0160", 128)
+    assert (
+        len(stack.hu) == dataset.labels["study"].eq("0160").sum()
+        and 10 < np.median(stack.hu[(stack.hu > 0) & (stack.hu < 80)]) < 45
+    )
