@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEIGHBORS', 'COHORT_COLUMNS', 'name_series', 'join_labels', 'find_neighbors', 'input_addresses', 'assign_folds',
            'plot_brain_fraction', 'read_exclusions', 'build_cohort', 'flow_table', 'plot_flow', 'fold_table',
-           'make_cohort', 'training_rows']
+           'make_cohort', 'training_rows', 'measure_geometry', 'read_geometry']
 
 # %% ../nbs/09_cohort.ipynb #09-002
 from pathlib import Path
@@ -230,3 +230,28 @@ def training_rows(
     if balance == "none" or sample["any"].nunique() < 2:
         return clean, 1.0
     return sample, float((sample["any"] == 0).sum() / (clean["any"] == 0).sum())
+
+# %% ../nbs/09_cohort.ipynb #09-052
+def measure_geometry(
+    slices: pd.DataFrame,  # rows of slices.parquet, those of the training
+) -> dict | None:  # field_mm and spacing_mm, each a low end, the median and a high end; None where unknown
+    "What the network's slices were in millimeters: side of the square ones, and from slice to slice of a series."
+    square = slices[slices["rows"].eq(slices["columns"])]
+    field = (square["rows"] * square["pixel_spacing_row_mm"]).dropna().astype(float)
+    z = slices.dropna(subset=["z_mm"]).sort_values("z_mm").pipe(lambda t: t["z_mm"].groupby(name_series(t)))
+    spacing = z.apply(lambda v: v.diff()[lambda d: d > 0.01].median()).dropna().astype(float)
+    if field.empty or spacing.empty:
+        return None
+    ends = {"field_mm": field.quantile([0.01, 0.5, 0.99]), "spacing_mm": spacing.quantile([0.05, 0.5, 0.95])}
+    return {name: [round(v, 3) for v in values] for name, values in ends.items()}
+
+# %% ../nbs/09_cohort.ipynb #09-054
+def read_geometry(
+    run_dir: str | Path,  # with slices.parquet
+    cohort: pd.DataFrame,  # SOPInstanceUID
+) -> dict | None:
+    "What `measure_geometry` says of the cohort's slices; None where slices.parquet is not there."
+    if not (Path(run_dir) / "slices.parquet").is_file():
+        return None
+    slices = read_stage(run_dir, "slices.parquet")
+    return measure_geometry(slices[slices["SOPInstanceUID"].isin(cohort["SOPInstanceUID"])])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'WEIGHTS', 'loss_weights', 'make_loss', 'Packaged', 'read_packaged', 'can_reach_hub', 'build_model',
-           'share_norms', 'measure_geometry', 'read_geometry', 'make_card', 'Model', 'Average', 'save_model',
-           'load_model', 'predict_logits', 'keep_features']
+           'share_norms', 'make_card', 'Model', 'Average', 'save_model', 'load_model', 'predict_logits',
+           'keep_features']
 
 # %% ../nbs/11_model.ipynb #11-003
 import hashlib
@@ -24,9 +24,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import MARKED, InputError, read_run_file, read_stage, save_json, write_checked
+from .core import MARKED, InputError, read_run_file, save_json, write_checked
 from .labels import LABELS, class_weights
-from .cohort import name_series
 from .batches import Settings, resize_hu, to_input
 
 # %% ../nbs/11_model.ipynb #11-008
@@ -233,31 +232,6 @@ def share_norms(
     return network
 
 # %% ../nbs/11_model.ipynb #11-037
-def measure_geometry(
-    slices: pd.DataFrame,  # rows of slices.parquet, those of the training
-) -> dict | None:  # field_mm and spacing_mm, each a low end, the median and a high end; None where unknown
-    "What the network's slices were in millimeters: side of the square ones, and from slice to slice of a series."
-    square = slices[slices["rows"].eq(slices["columns"])]
-    field = (square["rows"] * square["pixel_spacing_row_mm"]).dropna().astype(float)
-    z = slices.dropna(subset=["z_mm"]).sort_values("z_mm").pipe(lambda t: t["z_mm"].groupby(name_series(t)))
-    spacing = z.apply(lambda v: v.diff()[lambda d: d > 0.01].median()).dropna().astype(float)
-    if field.empty or spacing.empty:
-        return None
-    ends = {"field_mm": field.quantile([0.01, 0.5, 0.99]), "spacing_mm": spacing.quantile([0.05, 0.5, 0.95])}
-    return {name: [round(v, 3) for v in values] for name, values in ends.items()}
-
-# %% ../nbs/11_model.ipynb #11-039
-def read_geometry(
-    run_dir: str | Path,  # with slices.parquet
-    cohort: pd.DataFrame,  # SOPInstanceUID
-) -> dict | None:
-    "What `measure_geometry` says of the cohort's slices; None where slices.parquet is not there."
-    if not (Path(run_dir) / "slices.parquet").is_file():
-        return None
-    slices = read_stage(run_dir, "slices.parquet")
-    return measure_geometry(slices[slices["SOPInstanceUID"].isin(cohort["SOPInstanceUID"])])
-
-# %% ../nbs/11_model.ipynb #11-040
 WEIGHTS = "weights.safetensors"  # of the first network
 
 
@@ -265,7 +239,7 @@ def make_card(
     settings: Settings,
     cache_size: int,  # px
     folds: list[dict],  # of each fold: its number, slices, positives, keep_rate, images_seen, loss_weights
-    geometry: dict | None = None,  # of `measure_geometry`
+    geometry: dict | None = None,  # of 09_cohort's `measure_geometry`
 ) -> dict:
     "What model.json holds of a network that was just trained."
     card = {"settings": asdict(settings), "n_in": settings.n_in, "labels": list(LABELS), "cache_size": cache_size}
@@ -273,7 +247,7 @@ def make_card(
     versions = {p: importlib.metadata.version(p) for p in ("torch", "fastai", "timm")}
     return card | {"corrections": {}, "thresholds": {}, "versions": versions}
 
-# %% ../nbs/11_model.ipynb #11-042
+# %% ../nbs/11_model.ipynb #11-039
 def _find_device(name: str | None) -> torch.device:
     "The device of this name; CUDA where there is one by default."
     try:
@@ -281,7 +255,7 @@ def _find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as e:  # the latter from a torch without CUDA
         raise InputError(f"device={name}: not to be had here: {str(e).splitlines()[0][:120]}") from e
 
-# %% ../nbs/11_model.ipynb #11-044
+# %% ../nbs/11_model.ipynb #11-041
 class Model(NamedTuple):
     "A trained network, ready to use."
 
@@ -291,7 +265,7 @@ class Model(NamedTuple):
     device: torch.device  # where it runs
     recurrent: dict[str, torch.Tensor] = {}  # weights of notebook 13's network; none where each slice is read alone
 
-# %% ../nbs/11_model.ipynb #11-046
+# %% ../nbs/11_model.ipynb #11-043
 class Average(torch.nn.Module):
     "The mean of the networks' logits, and with `mirror` of those of the mirrored slices."
 
@@ -303,7 +277,7 @@ class Average(torch.nn.Module):
         views = (x, x.flip(-1)) if self.mirror else (x,)
         return torch.stack([network(view) for network in self.networks for view in views]).mean(0)
 
-# %% ../nbs/11_model.ipynb #11-048
+# %% ../nbs/11_model.ipynb #11-045
 def save_model(
     network: torch.nn.Module,  # the trained one, or an `Average` of several
     card: dict,  # of `make_card`
@@ -322,7 +296,7 @@ def save_model(
         if path.name not in names:
             path.unlink()
 
-# %% ../nbs/11_model.ipynb #11-049
+# %% ../nbs/11_model.ipynb #11-046
 def load_model(
     folder: str | Path,  # model/ of a run
     device: str | None = None,  # "cuda", "cpu"; CUDA where there is one by default
@@ -353,7 +327,7 @@ def load_model(
         raise InputError(f"{folder}: not a model of this version ({why}); train again with notebook 12") from e
     return Model(network.eval().to(where), settings, card, where, states[-1] if added else {})
 
-# %% ../nbs/11_model.ipynb #11-052
+# %% ../nbs/11_model.ipynb #11-049
 @torch.no_grad()
 def predict_logits(
     model: Model,
@@ -368,7 +342,7 @@ def predict_logits(
         outputs.append(model.network(x.contiguous(memory_format=torch.channels_last)).double().cpu().numpy())
     return np.concatenate(outputs)
 
-# %% ../nbs/11_model.ipynb #11-055
+# %% ../nbs/11_model.ipynb #11-052
 @contextmanager
 def keep_features(
     network: torch.nn.Module,  # of `build_model`

@@ -40,10 +40,10 @@ from .core import COLORS, InputError, read_run_file, read_stage, save_figure, sa
 from .core import stage_file, write_file
 from .labels import LABELS, LOGITS, SUBTYPES
 from .cache import read_size
-from .cohort import training_rows
+from .cohort import read_geometry, training_rows
 from .batches import Settings, find_place, slice_loaders
 from .model import Average, build_model, loss_weights, make_card, make_loss
-from .model import read_geometry, save_model, share_norms
+from .model import save_model, share_norms
 
 # %% ../nbs/12_train.ipynb #12-007
 def split_decay(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:  # weights of layers; norms and biases
