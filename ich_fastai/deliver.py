@@ -8,6 +8,7 @@ __all__ = ['describe_model', 'describe_study', 'write_answers', 'ich_predict']
 # %% ../nbs/34_deliver.ipynb #34-003
 import hashlib
 import importlib.metadata
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ import pandas as pd
 from fastcore.script import call_parse, store_true
 
 from .core import save_json
+from .guard import hold_folder
 from .labels import LABELS
 from .model import Model
 from .series import Survey
@@ -111,13 +113,16 @@ def ich_predict(
     given = [dicom] if isinstance(dicom, str) else list(dicom)
     pixels: dict = {}
     how = (device, submission, series, all_series, pixels if html else None)
-    loaded, slices, survey = predict_files(model, given, out, *how)
-    if html:
-        hu, lies = gather_pixels(loaded, slices, survey, pixels)
-        table = survey.series.reindex(columns=[*SERIES_COLUMNS]).rename(columns=SERIES_COLUMNS)
-        rows, about = slices.reset_index(drop=True), {"orientation": lies, "series": table}
-        pages = write_study_pages(rows, hu, html, loaded.card, show_uids=show_uids, **about)
-        print(f"{len(pages):,} page{'s' * (len(pages) != 1)} in {html}.")
-    if json:
-        files = write_answers(slices, survey, model, loaded, json)
-        print(f"{len(files):,} JSON file{'s' * (len(files) != 1)} in {json}.")
+    with ExitStack() as held:
+        for folder in {Path(name).resolve(): name for name in (html, json) if name}.values():
+            held.enter_context(hold_folder(folder))
+        loaded, slices, survey = predict_files(model, given, out, *how)
+        if html:
+            hu, lies = gather_pixels(loaded, slices, survey, pixels)
+            table = survey.series.reindex(columns=[*SERIES_COLUMNS]).rename(columns=SERIES_COLUMNS)
+            rows, about = slices.reset_index(drop=True), {"orientation": lies, "series": table}
+            pages = write_study_pages(rows, hu, html, loaded.card, show_uids=show_uids, **about)
+            print(f"{len(pages):,} page{'s' * (len(pages) != 1)} in {html}.")
+        if json:
+            files = write_answers(slices, survey, model, loaded, json)
+            print(f"{len(files):,} JSON file{'s' * (len(files) != 1)} in {json}.")

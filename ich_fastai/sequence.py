@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import InputError, read_stage, save_json, save_table
+from .core import read_stage, save_json, save_table
+from .guard import checked
 from .labels import LOGITS
 
 # %% ../nbs/13_sequence.ipynb #13-008
@@ -65,13 +66,12 @@ def place_slices(
     return table.join(where, on="SOPInstanceUID").assign(smooth=float(smooth))
 
 # %% ../nbs/13_sequence.ipynb #13-016
+@checked
 def read_together(
     run_dir: str | Path,  # with predictions.parquet, model/ and cohort.parquet
     smooth: float,  # weight of each neighbor, 0 to 1; 0 to read each slice alone
 ) -> pd.DataFrame:  # the run's predictions
     "Write SeriesInstanceUID, z_mm and `smooth` into the predictions, `smooth` into model.json."
-    if isinstance(smooth, bool) or not 0 <= smooth <= 1:
-        raise InputError(f"smooth={smooth}: must be the weight of a neighbor, 0 (each slice alone) to 1")
     run_dir, card = Path(run_dir), read_stage(run_dir, "model/model.json")
     table = place_slices(read_stage(run_dir, "predictions.parquet"), run_dir, smooth)
     save_table(table, run_dir / "predictions.parquet")

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_map
 
 import ich_fastai
 from .core import COLORS, InputError, read_stage, save_figure, save_table, stage_file, write_file
+from .guard import checked
 from .labels import LABELS, LOGITS, SUBTYPES
 from .cache import read_size
 from .cohort import training_rows
@@ -283,6 +284,7 @@ def fit_fold(
     return Fold(learner.model, predictions, pd.DataFrame(journal.history).assign(fold=fold), facts)
 
 # %% ../nbs/12_train.ipynb #12-043
+@checked
 def fit(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,
@@ -292,10 +294,9 @@ def fit(
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # predictions of every slice of the held-out folds
     "Write the model of the first fold and the predictions of all. Killed, the same call goes on."
-    out = Path(out or run_dir)
-    cohort, cache_dir = read_stage(run_dir, "cohort.parquet"), stage_file(run_dir, "cache")
+    out, cohort, cache_dir = Path(out or run_dir), read_stage(run_dir, "cohort.parquet"), stage_file(run_dir, "cache")
     known = sorted(set(cohort["fold"].tolist()))
-    if not folds or set(folds) - set(known) or len(set(folds)) < len(folds):
+    if set(folds) - set(known):
         raise InputError(f"folds={list(folds)}: must be some of {known}, each once")
     checkpoints = out / "model" / "checkpoints"
     done = [fit_fold(cohort, cache_dir, fold, settings, checkpoints, progress) for fold in folds]
