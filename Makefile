@@ -44,7 +44,7 @@ prepare: setup
 
 outputs: setup
 	@$(BIN)/ich-reproduce --preset demo
-	@$(BIN)/python -c 'from ich_fastai.reproduce import copy_outputs; print(*copy_outputs("runs/demo"))'
+	@$(BIN)/python -c 'from ich_fastai.outputs import copy_outputs; print(*copy_outputs("runs/demo"))'
 	@$(BIN)/nbdev-clean
 
 docs: setup

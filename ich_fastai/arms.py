@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from .core import InputError, read_stage, stage_file
+from .guard import check_ranges
 from .labels import LABELS
 from .cache import read_size
 from .cohort import training_rows
@@ -40,12 +41,11 @@ def plan_arms(
     epoch_size: int = 0,  # slices an epoch; 0 for the main model's
 ) -> list[Training]:
     "The trainings of the comparison, arm by arm. Raises `InputError` for a wrong arm, or where there is nothing to do."
+    check_ranges(arms=arms, seeds=seeds, arm_epochs=epochs, arm_epoch_size=epoch_size)
     try:
         main = Settings(**read_stage(run_dir, "model/model.json")["settings"])
     except (KeyError, TypeError) as e:
         raise InputError(f"{run_dir}/model/model.json: of another version; run notebook 12 again") from e
-    if not arms or seeds < 1:
-        raise InputError(f"arms={list(arms)}, seeds={seeds}: must be one or more of each; arms such as {main.arm}")
     base = replace(main, epochs=epochs or main.epochs, epoch_size=epoch_size or main.epoch_size)
     each = {arm: base.with_arm(arm) for arm in arms}  # a wrong one is known before the first is trained
     home, numbers = Path(run_dir) / "arms", range(main.seed, main.seed + seeds)

@@ -12,7 +12,7 @@ __all__ = ['USUAL', 'AIR', 'ALONE', 'CHANGES', 'named_windows', 'Settings', 'res
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import cycle
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from .core import InputError, read_stage, stage_file, write_file
+from .guard import check_ranges, show_value
 from .labels import LABELS, SUBTYPES
 from .dicom import WINDOWS
 from .cache import Cache
@@ -35,45 +36,42 @@ def named_windows(
     names: list[str],  # keys of WINDOWS
 ) -> dict[str, tuple[float, float]]:  # name: (center, width) in HU
     "Display windows by name. Raises `InputError` for an unknown or repeated one."
-    if not names or set(names) - set(WINDOWS) or len(set(names)) < len(names):
-        raise InputError(f"windows={list(names)}: must name some of {', '.join(WINDOWS)}, each once")
+    check_ranges(windows=names)
     return {name: (float(WINDOWS[name].center), float(WINDOWS[name].width)) for name in names}
 
 # %% ../nbs/10_batches.ipynb #10-009
-def _within(default, *allowed):  # lowest and highest value, or names
-    "A field of `Settings` with the values it may take."
-    return field(default=default, metadata={"allowed": allowed})
-
-
 @dataclass(frozen=True)
 class Settings:
-    "What one training is. Raises `InputError` for a value out of its range."
+    "What one training is. Raises `InputError` for a value out of its range, as RANGES of 00c_guard has it."
 
     arch: str = "resnet10t"  # a timm backbone
     pretrained_from: str = ""  # "" for a start from scratch, a key of 11_model's PACKAGED, "hub", or a file of weights
-    image_size: int = _within(128, 16, 2048)  # px, side of the network's input
+    image_size: int = 128  # px, side of the network's input
     windows: dict[str, tuple[float, float]] = field(  # name: (center, width) in HU, one channel each
         default_factory=lambda: named_windows(["brain", "subdural", "stroke"])
     )
-    neighbors: int = _within(1, 0, 2)  # slices on each side
-    batch_size: int = _within(32, 2, 65536)  # slices, of all processes together
-    epochs: int = _within(4, 1, 1000)  # passes of epoch_size slices
-    epoch_size: int = _within(0, 0, 10**8)  # slices; 0 for as many as the undersampled sample has, in every arm
-    lr: float = _within(3e-3, 1e-9, 1.0)  # highest learning rate of the one-cycle schedule
-    balance: str = _within("undersample", "undersample", "none")  # of the training slices
-    class_weights: str = _within("inverse", "inverse", "none", "competition")  # of the loss terms
+    neighbors: int = 1  # slices on each side
+    batch_size: int = 32  # slices, of all processes together
+    epochs: int = 4  # passes of epoch_size slices
+    epoch_size: int = 0  # slices; 0 for as many as the undersampled sample has, in every arm
+    lr: float = 3e-3  # highest learning rate of the one-cycle schedule
+    balance: str = "undersample"  # of the training slices; or "none"
+    class_weights: str = "inverse"  # of the loss terms; or "none", "competition"
     seed: int = 42  # of order, augmentation and initial weights
-    ema: float = _within(0.0, 0.0, 0.99999)  # decay of the running average of the weights, which is kept; 0: none
+    ema: float = 0.0  # decay of the running average of the weights, which is kept; 0: none
     mirror: bool = False  # predict each slice mirrored too, and average
 
     def __post_init__(self):
-        for name, allowed in ((f.name, f.metadata["allowed"]) for f in fields(self) if f.metadata):
-            value, named = getattr(self, name), isinstance(allowed[0], str)
-            if not (value in allowed if named else allowed[0] <= value <= allowed[1]):
-                raise InputError(f"{name}={value}: must be {(' or ' if named else ' to ').join(map(str, allowed))}")
-        object.__setattr__(self, "windows", {name: (float(c), float(w)) for name, (c, w) in self.windows.items()})
-        if not self.windows or min(width for _, width in self.windows.values()) <= 0:
-            raise InputError(f"windows={self.windows}: must be one or more (center, width), the width above 0 HU")
+        check_ranges(**{name: value for name, value in vars(self).items() if name != "windows"})
+        try:
+            windows = {name: (float(c), float(w)) for name, (c, w) in self.windows.items()}
+        except (AttributeError, TypeError, ValueError, OverflowError):
+            windows = {}
+        if not windows or not all(abs(c) < 1e5 and 0 < w < 1e5 for c, w in windows.values()):
+            raise InputError(
+                f"windows={show_value(self.windows)}: must be (center, width) by name, the width above 0 HU"
+            )
+        object.__setattr__(self, "windows", windows)
 
     @property
     def n_in(self) -> int:

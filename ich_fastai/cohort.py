@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .core import InputError, project_dir, read_stage, save_figure, save_table
+from .guard import checked
 from .labels import LABELS, undersample
 from .cache import SHARD_ROWS
 
@@ -76,14 +77,13 @@ def input_addresses(
     return cohort[columns].to_numpy("int64")
 
 # %% ../nbs/09_cohort.ipynb #09-021
+@checked
 def assign_folds(
     cohort: pd.DataFrame,  # PatientID and six label columns
     n_folds: int = 5,  # 2 to 100
     seed: int = 42,  # of the shuffle
 ) -> pd.Series:  # (n,) int8 in 0 ... n_folds - 1
     "A fold per slice: the same for all slices of a patient, the label sets dealt evenly."
-    if not 2 <= n_folds <= 100:
-        raise InputError(f"n_folds={n_folds}: must be 2 (one to train on, one to validate) to 100")
     patients = cohort.groupby("PatientID")[list(LABELS)].max().sort_index()
     pattern = patients.to_numpy(dtype="int64") @ (1 << np.arange(len(LABELS)))
     shuffled = np.random.default_rng(seed).permutation(len(patients))
@@ -125,6 +125,7 @@ COHORT_COLUMNS = (
 )
 
 # %% ../nbs/09_cohort.ipynb #09-033
+@checked
 def build_cohort(
     labels: pd.DataFrame,  # index SOPInstanceUID, six label columns
     slices: pd.DataFrame,  # a row per DICOM file
@@ -194,6 +195,7 @@ def fold_table(
     return sizes.join(by_fold[list(LABELS)].sum().astype("int64"))
 
 # %% ../nbs/09_cohort.ipynb #09-046
+@checked
 def make_cohort(
     run_dir: str | Path,  # with labels.parquet and slices.parquet
     *,

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .core import data_note, read_stage, save_captioned, save_table, stage_file
+from .guard import checked
 from .labels import LABELS
 from .dicom import window
 from .phantom import is_phantom, read_mask
@@ -354,6 +355,7 @@ def plot_painted(
     return fig
 
 # %% ../nbs/23_controls.ipynb #23-047
+@checked
 def controls(
     run_dir: str | Path,  # with predictions.parquet and model/
     data_dir: str | Path | None = None,  # the dataset, for the masks of a phantom

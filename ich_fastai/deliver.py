@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'MOST_NOTES', 'Writer', 'describe_lost', 'read_studies', 'summarize_series', 'list_notes', 'Screen',
-           'explain_stop', 'predict_export', 'predict_files', 'hash_model', 'ich_predict']
+           'explain_stop', 'predict_export', 'predict_files', 'hash_model', 'hold_folders', 'ich_predict']
 
 # %% ../nbs/36_deliver.ipynb #36-003
 import hashlib
@@ -12,7 +12,7 @@ import importlib.metadata
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from textwrap import wrap
@@ -22,6 +22,7 @@ import pandas as pd
 from fastcore.script import call_parse, store_true
 
 from .core import InputError, save_table
+from .guard import hold_folder
 from .labels import LABELS
 from .cache import Decoder
 from .geometry import Geometry, find_geometry
@@ -206,6 +207,17 @@ def hash_model(folder: str | Path) -> str:  # model/ of a run; hexadecimal
     return digest.hexdigest()
 
 # %% ../nbs/36_deliver.ipynb #36-023
+@contextmanager
+def hold_folders(
+    *folders: str,  # that are written; "" for none
+) -> Iterator[None]:
+    "Hold each of the folders once. Raises `InputError` where another command writes there."
+    with ExitStack() as held:
+        for folder in {Path(name).resolve(): name for name in folders if name}.values():
+            held.enter_context(hold_folder(folder))
+        yield
+
+# %% ../nbs/36_deliver.ipynb #36-025
 @call_parse
 def ich_predict(
     model: str,  # model/ folder of a run
@@ -224,7 +236,7 @@ def ich_predict(
     inputs, paths = name_outputs([dicom] if isinstance(dicom, str) else list(dicom), out, submission)
     begun = {"model": hash_model(model), "version": importlib.metadata.version("ich_fastai"), "--series": series}
     begun |= {"--all-series": all_series, "--html": html, "--json": json, "--show-uids": show_uids}
-    with explain_stop(tables := Tables(paths[:3], begun, resume)):
+    with hold_folders(html, json), explain_stop(tables := Tables(paths[:3], begun, resume)):
         loaded, wanted = load_model(model, device or None), read_sample(submission) if submission else None
         writers: list[Writer] = []
         if html:

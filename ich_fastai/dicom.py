@@ -21,6 +21,9 @@ import numpy as np
 
 from .core import MAX_BYTES, WINDOWS, DicomError, InputError, forget_codecs, plot_row, read_file
 from .core import save_figure, shorten_id, window
+from .guard import import_gdcm
+
+import_gdcm()  # before anything here imports pydicom
 
 # %% ../nbs/02_dicom.ipynb #02-012
 def slice_position(
@@ -39,12 +42,12 @@ def _read_bare(data: bytes | memoryview):
     from pydicom.filereader import dcmread
     from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-    syntaxes = ExplicitVRLittleEndian, ImplicitVRLittleEndian
     if bytes(data[:2]) not in (b"\2\0", b"\10\0"):
         raise DicomError("not a DICOM file: no DICM at byte 128")
     dataset = forget_codecs(dcmread(io.BytesIO(data), force=True))
     if "TransferSyntaxUID" not in dataset.file_meta:
-        dataset.file_meta.TransferSyntaxUID = syntaxes[dataset.original_encoding[0]]
+        implicit = dataset.original_encoding[0]
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
     return dataset
 
 # %% ../nbs/02_dicom.ipynb #02-018
@@ -135,8 +138,7 @@ def find_rescale(header: Header) -> tuple[float, float]:  # slope and intercept
     if header.RescaleType.upper() not in ("", "HU", "US"):  # US: unspecified, as GDCM writes it
         raise DicomError(f"not in HU: RescaleType is {header.RescaleType}")
     for keyword in ("RescaleSlope", "RescaleIntercept"):
-        values = getattr(header, keyword)
-        if not values:
+        if not (values := getattr(header, keyword)):
             raise DicomError(f"no {keyword}: the values are not in HU")
         if not math.isfinite(values[0]) or abs(values[0]) > 2**31:
             raise DicomError(f"bad {keyword}: {values[0]}")

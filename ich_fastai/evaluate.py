@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import InputError, data_note, read_stage, save_captioned, save_json, save_table
+from .core import data_note, read_stage, save_captioned, save_json, save_table
+from .guard import checked
 from .labels import LABELS, LABEL_COLORS, SUBTYPES
 from .metrics import ESTIMATE, Estimate, adaptive_bins, draw_patients, find_estimate
 from .metrics import metrics_table, weighted_ratio
@@ -290,6 +291,7 @@ def update_model(
     return card
 
 # %% ../nbs/22_evaluate.ipynb #22-045
+@checked
 def evaluate(
     run_dir: str | Path,  # with predictions.parquet and model/
     data_dir: str | Path | None = None,  # the dataset, to say whether it is synthetic
@@ -300,9 +302,6 @@ def evaluate(
     seed: int = 42,
 ) -> pd.DataFrame:  # metrics.csv
     "Write metrics.csv, tables, figures, and model.json's corrections and thresholds. Raises `InputError`: no share."
-    for name, share in (("wanted_sensitivity", wanted_sensitivity), ("coverage", coverage)):
-        if not 0 < share <= 1:
-            raise InputError(f"{name}={share}: must be a share above 0 and up to 1")
     run_dir, boot, note = Path(run_dir), {"n_boot": n_boot, "seed": seed}, data_note(data_dir)
     options = {"sensitivity": wanted_sensitivity, "coverage": coverage, "seed": seed}
     levels = score_levels(read_predictions(run_dir), **options)

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .core import data_note, read_run_file, read_stage, save_captioned, save_table, stage_file
+from .guard import checked
 from .labels import LABELS, SUBTYPES
 from .dicom import window
 from .phantom import is_phantom, read_mask
@@ -366,6 +367,7 @@ def plot_evidence(
     return fig
 
 # %% ../nbs/24_explain.ipynb #24-061
+@checked
 def explain(
     run_dir: str | Path,  # with predictions.parquet and model/
     data_dir: str | Path | None = None,  # the dataset, for bleeding sizes and masks of a phantom

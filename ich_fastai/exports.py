@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from .guard import import_gdcm
+
+import_gdcm()
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian

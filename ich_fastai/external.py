@@ -18,6 +18,7 @@ from pyarrow.parquet import write_table
 
 from .core import DicomError, InputError, Window, name_some, read_run_file, read_stage, save_json
 from .core import write_checked, write_file
+from .guard import checked
 from .labels import LABELS, SUBTYPES, tabulate_labels
 from .dicom import SliceRecord
 from .dicom import brain_fraction, read_file, window
@@ -164,6 +165,7 @@ def cache_pictures(
     return slices
 
 # %% ../nbs/26_external.ipynb #26-026
+@checked
 def import_pictures(
     data_dir: str | Path,  # the set's folder
     run_dir: str | Path,  # gets what notebooks 01, 08 and 09 write

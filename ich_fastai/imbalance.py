@@ -18,6 +18,7 @@ from scipy.special import expit
 from scipy.stats import t as student
 
 from .core import data_note, save_captioned, save_table
+from .guard import checked
 from .labels import LABELS
 from .sequence import series_logits
 from .arms import read_arms
@@ -324,6 +325,7 @@ def plot_differences(
     return fig
 
 # %% ../nbs/25_imbalance.ipynb #25-059
+@checked
 def compare(
     run_dir: str | Path,  # of a run
     data_dir: str | Path | None = None,  # the dataset, to say whether it is synthetic

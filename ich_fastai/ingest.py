@@ -25,6 +25,7 @@ from fastcore.script import call_parse, store_true
 from pyarrow.parquet import ParquetWriter, read_table
 
 from .core import InputError, name_some, printable, read_run_file, save_table, write_checked
+from .guard import check_ranges, hold_folder
 from .workers import count_cores, end_with_parent, run_shards
 from .dicom import DicomError, read_file
 from .cache import SCHEMA, SHARD_ROWS, read_shard, read_size, save_settings, shard_paths, write_shard
@@ -58,8 +59,7 @@ class Job:
     todo: dict[int, list[str]] = field(default_factory=dict, init=False)  # shard: names on disk
 
     def __post_init__(self):
-        if self.size < 1:
-            raise InputError(f"{self.cache_dir}: slices of {self.size} px cannot be; give a size of 1 or more")
+        check_ranges(size=self.size, workers=self.workers, max_error_share=self.max_error_share)
         if self.cache_dir.parent.resolve().is_relative_to(self.dicom_dir.resolve()):
             raise InputError(f"{self.cache_dir.parent}: lies in the DICOM folder; choose a run folder outside of it")
         if files := [p for p in (self.cache_dir, *self.cache_dir.parents) if p.is_file()]:
@@ -292,16 +292,11 @@ def ingest(
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # columns COLUMNS, a row per file, in the order of the shards
     "The slice table, the pixels in `cache_dir`; after a stop the same call goes on. `InputError` for useless folders."
-    from filelock import FileLock, Timeout
-
     cache_dir = Path(cache_dir)
     job = Job(Path(dicom_dir), cache_dir, size, executor, workers, max_error_share, progress)
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / ".lock", timeout=0):
+        with hold_folder(cache_dir):
             slices = _write_all(job)
-    except Timeout:
-        raise InputError(f"{cache_dir}: another run is writing this cache; wait, or choose another folder") from None
     except OSError as e:
         raise InputError(f"{cache_dir}: cannot be written ({e.strerror}); choose another folder or free space") from e
     if slices["error"].notna().all():
@@ -352,7 +347,7 @@ def ich_ingest(
     "Read a folder of DICOM files once into a cache of HU slices. Stopped, the same command goes on."
     start, cache, pool = time.perf_counter(), Path(out) / "cache", None
     if dry_run:
-        return print(describe_todo(Job(Path(dicom_dir), cache, size)))
+        return print(describe_todo(Job(Path(dicom_dir), cache, size, None, workers, max_error_share)))
     if scheduler:
         client = connect_scheduler(scheduler)
         if not client.scheduler_info()["workers"]:

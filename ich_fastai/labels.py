@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .core import COLORS, MISSING, InputError, name_some, project_dir, save_figure, save_table
+from .guard import checked
 
 # %% ../nbs/01_labels.ipynb #01-007
 SUBTYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
@@ -178,6 +179,7 @@ def subtypes_per_slice(
     return counts.reindex(range(6), fill_value=0).rename("n").rename_axis("subtypes")
 
 # %% ../nbs/01_labels.ipynb #01-053
+@checked
 def undersample(
     labels: pd.DataFrame,  # (n, 6) 0 or 1, columns LABELS
     seed: int = 42,  # of the random draw

@@ -11,7 +11,7 @@ __all__ = ['MIN_AREA_MM2', 'P_STUDY', 'P_TYPE', 'PRIMARY', 'SLICES', 'NEEDS', 'P
 import hashlib
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import cycle
@@ -23,6 +23,7 @@ import numpy as np
 from fastcore.script import call_parse
 
 from .core import MARKED, InputError, add_checksum, data_note, read_run_file, save_json
+from .guard import checked, hold_folder, show_value
 from .workers import count_cores, end_with_parent
 from .labels import LABELS, SUBTYPES
 from .head import VERSION, Head, draw_head, make_rng
@@ -224,6 +225,7 @@ def holds_phantom(data_dir: str | Path, about: dict) -> bool:  # as `describe_ph
     return {k: made.get(k) for k in about} == about
 
 # %% ../nbs/06_phantom.ipynb #06-038
+@checked
 def describe_phantom(
     out_dir: str | Path,  # for the messages
     n_patients: int = 80,
@@ -234,47 +236,52 @@ def describe_phantom(
     compress: str = "",
 ) -> dict:  # arguments as `make_phantom` has them
     "What phantom.json says of a phantom. Raises `InputError` for what cannot be made."
-    slices = list(slices_per_series or SLICES.get(prevalence, (0, 0)))
-    whole = len(slices) == 2 and all(isinstance(n, int) for n in slices)
-    given, must = ",".join(map(str, slices)), "two whole numbers of 5 or more, the smaller first"
+    slices = slices_per_series or SLICES[prevalence]
+    whole = isinstance(slices, Sequence) and len(slices) == 2 and all(type(n) is int for n in slices)
+    given, must = show_value(slices), "two whole numbers from 5 to 200, the smaller first"
     mistakes = {
-        f"a phantom needs at least one patient, not n_patients={n_patients}": n_patients < 1,
-        f"no prevalence {prevalence!r}; choose one of {', '.join(P_STUDY)}": prevalence not in P_STUDY,
         f"no compression {compress!r}; choose one of {', '.join(COMPRESSIONS)}": compress not in ("", *COMPRESSIONS),
-        f"seed={seed} must be 0 or more": seed < 0,
-        f"slices_per_series={given} must be {must}": not (whole and 5 <= slices[0] <= slices[1]),
+        f"slices_per_series={given} must be {must}": not (whole and 5 <= slices[0] <= slices[1] <= 200),
     }
     for why, wrong in mistakes.items():
         if wrong:
             raise InputError(f"{out_dir}: {why}")
     about = dict(synthetic=True, version=VERSION, seed=seed, n_patients=n_patients, prevalence=prevalence)
-    return about | dict(slices_per_series=slices, shortcut=shortcut, compress=compress)
+    return about | dict(slices_per_series=list(slices), shortcut=shortcut, compress=compress)
 
 # %% ../nbs/06_phantom.ipynb #06-041
-def _write_phantom(out_dir: Path, about: dict, workers: int, progress: bool) -> None:
-    "Write the phantom that `about` describes beside `out_dir`, and rename it. Raises `InputError` for a full disk."
+def _write_phantom(out_dir: Path, part: Path, about: dict, workers: int, progress: bool) -> None:
+    "Write the phantom that `about` describes into `part`, and rename it. Raises `InputError` for a full disk."
     from tqdm import tqdm
 
     n, seed = about["n_patients"], about["seed"]
     patients = plan_patients(n, seed, about["prevalence"], tuple(about["slices_per_series"]), about["shortcut"])
-    part = out_dir.absolute().with_name(f".{out_dir.absolute().name}.part")
     work = partial(write_patient, folder=part, seed=seed, compress=about["compress"])
     try:
-        shutil.rmtree(part, ignore_errors=True)
         for name in ("stage_1_train_images", "masks"):
-            (part / name).mkdir(parents=True)
+            shutil.rmtree(part / name, ignore_errors=True)  # of a killed run
+            (part / name).mkdir()
         done = tqdm(_run_patients(work, patients, workers), "phantom", n, unit="patient", disable=not progress)
         save_json(about | {"counts": _write_tables(part, done)}, part / "phantom.json", checked=True)
         if out_dir.is_dir():
             out_dir.rmdir()
         part.rename(out_dir)
+        (out_dir / ".lock").unlink()
     except OSError as e:
         why = e.strerror or e
         raise InputError(f"{out_dir}: cannot be written ({why}); choose another folder or free some space") from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/06_phantom.ipynb #06-042
+def _is_made(out_dir: Path, about: dict) -> bool:
+    "Is the phantom there? Raises `InputError` where something else is."
+    if holds_phantom(out_dir, about):
+        return True
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise InputError(f"{out_dir}: holds something else; delete it or choose another folder")
+    return False
+
+
+@checked
 def make_phantom(
     out_dir: str | Path,  # the dataset's folder; made, and left alone where the same phantom is there already
     n_patients: int = 80,
@@ -288,14 +295,16 @@ def make_phantom(
 ) -> Path:  # `out_dir`
     "A synthetic dataset in the RSNA layout; same arguments, same bytes. Raises `InputError` for wrong ones."
     out_dir = Path(out_dir)
-    if workers is not None and workers < 1:
-        raise InputError(f"{out_dir}: workers={workers} must be 1 or more")
     about = describe_phantom(out_dir, n_patients, seed, prevalence, slices_per_series, shortcut, compress)
-    if holds_phantom(out_dir, about):
+    part = out_dir.absolute().with_name(f".{out_dir.absolute().name}.part")
+    if _is_made(out_dir, about):
         return out_dir
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise InputError(f"{out_dir}: holds something else; delete it or choose another folder")
-    _write_phantom(out_dir, about, workers or min(count_cores(), n_patients), progress)
+    with hold_folder(part, named=out_dir):
+        try:
+            if not _is_made(out_dir, about):  # by another command, meanwhile
+                _write_phantom(out_dir, part, about, workers or min(count_cores(), n_patients), progress)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return out_dir
 
 # %% ../nbs/06_phantom.ipynb #06-044
@@ -326,5 +335,8 @@ def ich_phantom(
 ):
     "Make a synthetic head-CT dataset in the RSNA layout."
     how: dict = dict(workers=workers or None, shortcut=shortcut, compress=compress, progress=True)
-    make_phantom(out_dir, n_patients, seed, prevalence, **how)
+    try:
+        make_phantom(out_dir, n_patients, seed, prevalence, **how)
+    except KeyboardInterrupt:
+        raise InputError(f"{out_dir}: stopped, and nothing is left of it; run the same command again") from None
     print(f"{out_dir}: synthetic patients: {n_patients}")

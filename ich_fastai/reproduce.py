@@ -4,32 +4,34 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'PHANTOM_PARAMETERS', 'select_stages', 'read_preset', 'parse_settings', 'declared_parameters',
-           'check_parameters', 'describe_software', 'describe_inputs', 'run_notebook', 'prepare_data', 'hold_folder',
-           'kept_seconds', 'Run', 'prepare_run', 'reproduce', 'print_headline', 'ich_reproduce', 'shrink_png',
-           'copy_outputs']
+           'check_parameters', 'describe_software', 'describe_inputs', 'run_notebook', 'check_data', 'check_network',
+           'prepare_data', 'kept_seconds', 'Run', 'prepare_run', 'reproduce', 'print_headline', 'end_at_interrupt',
+           'ich_reproduce']
 
 # %% ../nbs/42_reproduce.ipynb #42-002
-import base64
+import ast
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import psutil
 from fastcore.script import call_parse
 
 from .core import InputError, data_note, project_dir, read_run_file, save_json
+from .guard import check_ranges, hold_folder, show_value
 from .labels import find_dataset
 from .report import SYNTHETIC, date_files, read_manifest, sum_written, write_report
 
@@ -71,7 +73,7 @@ def read_preset(
         raise InputError(f"{preset}: no such preset; there are {names}, or give a path to a .yml file")
     try:
         params = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: not valid YAML: {str(e).splitlines()[0]}") from e
     if not isinstance(params, dict):
         raise InputError(f"{path}: must hold lines of the form `name: value`")
@@ -90,7 +92,7 @@ def parse_settings(
             raise InputError(f"--set {name}: write it as name=value")
     try:
         return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # no such date; too many digits; lists in lists
         raise InputError(f"--set: not valid YAML: {str(e).splitlines()[0]}") from e
 
 # %% ../nbs/42_reproduce.ipynb #42-015
@@ -116,7 +118,7 @@ def _coerce(name: str, value, kind: str):
     types = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
     wanted = types.get(kind.split("[")[0].strip())
     if wanted and (not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))):
-        raise InputError(f"parameter {name}: {value!r} is not of type {kind}")
+        raise InputError(f"parameter {name}: {show_value(value)} is not of type {kind}")
     return value
 
 # %% ../nbs/42_reproduce.ipynb #42-020
@@ -124,7 +126,7 @@ def check_parameters(
     params: dict,  # name: value
     declared: dict,  # notebook: {name: (type, default)}
 ) -> dict:  # name: value, of the declared types
-    "The parameters, each of its declared type. Raises `InputError` for a name that no notebook declares."
+    "The parameters, each of its declared type and in its range. Raises `InputError`, also for an unknown name."
     kinds = {name: kind for parameters in declared.values() for name, (kind, _) in parameters.items()}
     unknown = ", ".join(sorted(map(str, set(params) - set(kinds))))
     if unknown:
@@ -132,7 +134,9 @@ def check_parameters(
     fixed = ", ".join(sorted({"data_dir", "labels_csv", "run_dir"} & set(params)))
     if fixed:
         raise InputError(f"parameter {fixed}: the run sets it; use --data and --out")
-    return {name: _coerce(name, value, kinds[name]) for name, value in params.items()}
+    params = {name: _coerce(name, value, kinds[name]) for name, value in params.items()}
+    check_ranges(**params)
+    return params
 
 # %% ../nbs/42_reproduce.ipynb #42-023
 def _output_of(*command: str) -> str | None:
@@ -208,7 +212,10 @@ def run_notebook(
     import papermill
     from traitlets.config import Config
 
-    start, folder = time.time(), tempfile.TemporaryDirectory()  # of socket files: nobody else can listen
+    start, folder = (
+        time.time(),
+        tempfile.TemporaryDirectory(prefix=f"ich-{os.getpid()}-"),
+    )  # of sockets: nobody else listens
     private = Config(KernelManager={"transport": "ipc", "ip": f"{folder.name}/kernel"})
     bar = {"ncols": 79, "leave": False, "bar_format": "{desc} {bar} {n_fmt}/{total_fmt} cells {elapsed}"}
     shown = bar | {"desc": f"{notebook.stem:<12}"} if sys.stderr.isatty() else False
@@ -220,6 +227,9 @@ def run_notebook(
         error = e.evalue if e.ename == "InputError" else f"{e.ename}: {e.evalue}"
         where = f"The executed notebook, with the traceback: {output}"
         raise InputError(f"{notebook.stem}, cell {e.cell_index + 1}: {error}\n{where}") from e
+    except RuntimeError as e:  # of nbclient: a process that was killed, or did not start
+        why = "its kernel died (out of memory?); free some or lower batch_size, then the same command with --resume"
+        raise InputError(f"{notebook.stem}: {why}") from e
     except (OSError, papermill.exceptions.PapermillException) as e:
         raise InputError(f"{notebook.stem}: could not be run: {e}") from e
     return time.time() - start
@@ -229,6 +239,29 @@ PHANTOM_PARAMETERS = {"n_patients": ("int", "80"), "prevalence": ("str", "'demo'
 PHANTOM_PARAMETERS |= {"slices_per_series": ("list", "None"), "seed": ("int", "42")}  # made before the first notebook
 
 # %% ../nbs/42_reproduce.ipynb #42-036
+def check_data(
+    data: str | Path | None,  # a dataset folder, or None for the phantom
+    params: dict,  # of the preset
+) -> None:
+    "Raise `InputError` where no dataset is in the folder, or none is given for a preset that needs one."
+    if data:
+        find_dataset(data)
+    elif "n_patients" not in params:
+        raise InputError("this preset is for real data: give its folder by --data (make: DATA=...), see data/README.md")
+
+# %% ../nbs/42_reproduce.ipynb #42-039
+def check_network(
+    params: dict,  # of the run
+    declared: dict,  # by 12_train: {name: (type, default)}
+) -> None:
+    "Build the network and forget it. Raises `InputError` as `build_model` does; downloads nothing."
+    from ich_fastai.model import build_model
+
+    given = {name: params.get(name, ast.literal_eval(default)) for name, (_, default) in declared.items()}
+    n_in, weights = (2 * given["neighbors"] + 1) * len(given["windows"]), given["pretrained_from"]
+    build_model(given["arch"], n_in, "" if weights == "hub" else weights, given["image_size"])
+
+# %% ../nbs/42_reproduce.ipynb #42-041
 def prepare_data(
     data: str | Path | None,  # a dataset folder, or None for the phantom
     run_dir: Path,  # where the phantom goes
@@ -238,10 +271,7 @@ def prepare_data(
     from ich_fastai.phantom import describe_phantom, holds_phantom, is_phantom, make_phantom
 
     if data:
-        find_dataset(data)
         return Path(data).resolve()
-    if "n_patients" not in params:
-        raise InputError("this preset is for real data: give its folder by --data (make: DATA=...), see data/README.md")
     own = {name: params[name] for name in PHANTOM_PARAMETERS if name in params}
     path = run_dir / "data"
     about = describe_phantom(path, **own)  # raises before anything is deleted
@@ -250,26 +280,7 @@ def prepare_data(
             shutil.rmtree(old, ignore_errors=True)
     return make_phantom(path, progress=sys.stderr.isatty(), **own).resolve()
 
-# %% ../nbs/42_reproduce.ipynb #42-039
-@contextmanager
-def hold_folder(run_dir: Path):
-    "Hold the run folder; `InputError` when it cannot be written or another run holds it."
-    from filelock import FileLock, Timeout
-
-    try:
-        (run_dir / "notebooks").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise InputError(f"{run_dir}: another run is using this folder; wait or choose another with --out") from None
-    except OSError as e:
-        raise InputError(f"{run_dir}: cannot be written ({e.strerror}); choose another folder with --out") from e
-    try:
-        yield
-    finally:
-        lock.release()
-
-# %% ../nbs/42_reproduce.ipynb #42-042
+# %% ../nbs/42_reproduce.ipynb #42-044
 def kept_seconds(
     manifest: dict,  # of the folder's earlier run; {} where there was none
     kept: tuple[str, ...],  # notebooks that will not run again
@@ -285,7 +296,7 @@ def kept_seconds(
             raise InputError(f"{what}: leave out --resume and --from, or choose another folder with --out")
     return seconds
 
-# %% ../nbs/42_reproduce.ipynb #42-044
+# %% ../nbs/42_reproduce.ipynb #42-046
 class Run(NamedTuple):
     "A run about to start."
 
@@ -295,7 +306,7 @@ class Run(NamedTuple):
     given: dict  # parameter: value; of the preset, and where data and run lie
     manifest: dict
 
-# %% ../nbs/42_reproduce.ipynb #42-045
+# %% ../nbs/42_reproduce.ipynb #42-047
 def prepare_run(
     preset: str, data: str | Path | None, run_dir: Path, settings: dict, stages: tuple[str, ...], resume: bool
 ) -> Run:  # arguments as `reproduce` has them
@@ -308,6 +319,10 @@ def prepare_run(
     if resume and not earlier:
         raise InputError(f"{run_dir}: nothing to resume, there is no manifest.json")
     seconds = kept_seconds(earlier, kept, params, declared)
+    check_data(data, params)
+    todo = tuple(s for s in stages if not (resume and s in seconds))
+    if "12_train" in todo:
+        check_network(params, declared["12_train"])
     data_dir = prepare_data(data, run_dir, params)
     inputs = describe_inputs(data_dir)
     if seconds and earlier["inputs"] != inputs:
@@ -319,9 +334,9 @@ def prepare_run(
     save_json(manifest, path, checked=True)
     given = params | {"data_dir": str(data_dir), "run_dir": str(run_dir)}
     given["labels_csv"] = str(find_dataset(data_dir).labels_csv)
-    return Run(run_dir, tuple(s for s in stages if not (resume and s in seconds)), declared, given, manifest)
+    return Run(run_dir, todo, declared, given, manifest)
 
-# %% ../nbs/42_reproduce.ipynb #42-046
+# %% ../nbs/42_reproduce.ipynb #42-048
 def reproduce(
     preset: str = "demo",  # name of a file in params/, or a path to one
     data: str | Path | None = None,  # dataset folder in the RSNA layout; None for the phantom
@@ -338,6 +353,7 @@ def reproduce(
     run_dir = Path(out or project_dir() / "runs" / Path(preset).stem).resolve()
     with hold_folder(run_dir):
         run = prepare_run(preset, data, run_dir, settings or {}, stages, resume)
+        (run_dir / "notebooks").mkdir(exist_ok=True)
         for stage in run.stages:
             own = {name: run.given[name] for name in run.declared[stage] if name in run.given}
             source, output = project_dir() / "nbs" / f"{stage}.ipynb", run_dir / "notebooks" / f"{stage}.ipynb"
@@ -348,7 +364,7 @@ def reproduce(
             print(f"{stage:<12} {seconds:7.1f} s", flush=True)
         return write_report(run_dir)
 
-# %% ../nbs/42_reproduce.ipynb #42-050
+# %% ../nbs/42_reproduce.ipynb #42-052
 def print_headline(
     run_dir: Path,  # a run
 ) -> None:
@@ -362,7 +378,28 @@ def print_headline(
     if manifest["synthetic"]:
         print("\n" + textwrap.fill(SYNTHETIC, 80))
 
-# %% ../nbs/42_reproduce.ipynb #42-052
+# %% ../nbs/42_reproduce.ipynb #42-055
+def end_at_interrupt(
+    run_dir: Path,  # for the message
+) -> None:
+    "From now on Ctrl-C ends this process and all that it started, at once, with a line; not where it is ignored."
+
+    def end(*_):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                process.kill()
+        for sockets in Path(tempfile.gettempdir()).glob(f"ich-{os.getpid()}-*"):
+            shutil.rmtree(sockets, ignore_errors=True)
+        begun = (run_dir / "manifest.json").is_file()
+        how = "with --resume it goes on from here" if begun else "nothing was done yet that --resume could keep"
+        os.write(2, f"\n{run_dir}: stopped; run the same command again, {how}\n".encode(errors="replace"))
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end)
+
+# %% ../nbs/42_reproduce.ipynb #42-056
 @call_parse
 def ich_reproduce(
     preset: str = "demo",  # tiny, demo, paper or strong (of params/), or a path to a .yml file
@@ -375,44 +412,8 @@ def ich_reproduce(
 ):
     "Reproduce the study: its stages with one preset, then an HTML report."
     start, settings = time.time(), parse_settings(set)
-    index = reproduce(preset, data or None, out or None, settings=settings, first=from_, last=until, resume=resume)
+    run_dir = Path(out or project_dir() / "runs" / Path(preset).stem).resolve()
+    end_at_interrupt(run_dir)
+    index = reproduce(preset, data or None, run_dir, settings=settings, first=from_, last=until, resume=resume)
     print_headline(index.parent)
     print(f"\n{time.time() - start:.0f} s. Report: {os.path.relpath(index)}")
-
-# %% ../nbs/42_reproduce.ipynb #42-054
-def shrink_png(
-    data: str,  # a PNG, base64
-) -> str:
-    "The picture in 256 colors: what a notebook's page shows of a plot or a CT slice, in half of the bytes."
-    from PIL import Image
-
-    picture, out = Image.open(io.BytesIO(base64.b64decode(data))), io.BytesIO()
-    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
-    return base64.b64encode(out.getvalue()).decode()
-
-# %% ../nbs/42_reproduce.ipynb #42-056
-def copy_outputs(
-    run_dir: str | Path,  # a finished run
-    nbs: str | Path | None = None,  # the notebooks to fill; the project's by default
-) -> list[str]:  # names of the notebooks filled
-    "The outputs of a run under the same cells. Raises `InputError` where a notebook is not the one that ran."
-    import nbformat
-
-    def is_other(cell):  # than those that are compared
-        return cell.cell_type != "code" or "injected-parameters" in cell.metadata.get("tags", ())
-
-    run_dir, folder, filled = Path(run_dir).resolve(), Path(nbs or project_dir() / "nbs"), []
-    for path in (run_dir / "notebooks" / f"{name}.ipynb" for name in sorted(read_manifest(run_dir)["seconds"])):
-        ran = [c for c in read_run_file(path, lambda f: nbformat.reads(f.read().decode(), 4)).cells if not is_other(c)]
-        notebook = nbformat.read(folder / path.name, 4)
-        own = [c for c in notebook.cells if not is_other(c)]
-        if [c.source for c in ran] != [c.source for c in own]:
-            raise InputError(f"{path.stem}: its code has changed since this run; run it again")
-        for cell, done in zip(own, ran, strict=True):
-            kept = json.dumps([o for o in done.outputs if o.get("name") != "stderr"])  # progress bars, warnings
-            cell.outputs = nbformat.from_dict(json.loads(kept.replace(str(run_dir), f"runs/{run_dir.name}")))
-            for shown in (o.data for o in cell.outputs if "image/png" in o.get("data", ())):
-                shown["image/png"] = shrink_png(shown["image/png"])
-        nbformat.write(notebook, folder / path.name)
-        filled.append(path.stem)
-    return filled

@@ -20,6 +20,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 from .core import MARKED, InputError, read_stage, save_json, save_table, stage_file, write_checked
+from .guard import checked
 from .labels import LABELS, LOGITS
 from .batches import Place, SliceBatches
 from .model import Model, keep_features, load_model, predict_logits
@@ -310,6 +311,7 @@ def add_recurrent(
     return table.assign(part=part, **columns), network, {"units": units, "parts": PARTS} | facts
 
 # %% ../nbs/13_sequence.ipynb #13-047
+@checked
 def read_together(
     run_dir: str | Path,  # with predictions.parquet, model/ and cohort.parquet; for a network also cache/
     smooth: float,  # weight of each neighbor, 0 to 1; 0 to read each slice alone
@@ -317,10 +319,6 @@ def read_together(
     seed: int = 42,  # of that network
 ) -> pd.DataFrame:  # the run's predictions
     "Write how predictions are read along the series into them, and into the model's folder."
-    if isinstance(smooth, bool) or not 0 <= smooth <= 1:
-        raise InputError(f"smooth={smooth}: must be the weight of a neighbor, 0 (each slice alone) to 1")
-    if isinstance(recurrent, bool) or not 0 <= recurrent <= 1024:
-        raise InputError(f"recurrent={recurrent}: must be units of the recurrent network, 0 (none) to 1024")
     run_dir, card = Path(run_dir), read_stage(run_dir, "model/model.json") | {"smooth": float(smooth)}
     table = place_slices(read_stage(run_dir, "predictions.parquet"), run_dir, smooth)
     if recurrent and table["fold"].nunique() > 1:

@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_map
 import ich_fastai
 from .core import COLORS, InputError, read_run_file, read_stage, save_figure, save_table
 from .core import stage_file, write_file
+from .guard import checked
 from .labels import LABELS, LOGITS, SUBTYPES
 from .cache import read_size
 from .cohort import read_geometry, training_rows
@@ -316,6 +317,7 @@ def fit_fold(
     return Fold(kept, predictions, pd.DataFrame(journal.history).assign(fold=fold), facts)
 
 # %% ../nbs/12_train.ipynb #12-043
+@checked
 def fit(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,
@@ -325,10 +327,9 @@ def fit(
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # predictions of every slice of the held-out folds
     "Write the model and the predictions of all folds. Killed, the same call goes on."
-    out = Path(out or run_dir)
-    cohort, cache_dir = read_stage(run_dir, "cohort.parquet"), stage_file(run_dir, "cache")
+    out, cohort, cache_dir = Path(out or run_dir), read_stage(run_dir, "cohort.parquet"), stage_file(run_dir, "cache")
     known = sorted(set(cohort["fold"].tolist()))
-    if not folds or set(folds) - set(known) or len(set(folds)) < len(folds):
+    if set(folds) - set(known):
         raise InputError(f"folds={list(folds)}: must be some of {known}, each once")
     checkpoints = out / "model" / "checkpoints"
     done = [fit_fold(cohort, cache_dir, fold, settings, checkpoints, progress) for fold in folds]

@@ -147,9 +147,9 @@ def test_neighbors_are_those_of_the_series_in_order(cohort, run_dir):
         (lambda c, d: SETTINGS.with_arm("undersample"), r"arm undersample: must be balance\+class_weights"),
         (lambda c, d: batches(c, d, place=Place(processes=3)), "must be a multiple of the 3 processes"),
         (lambda c, d: batches(c, d, place=Place(processes=8)), "multiple of the 8 processes, 2 for each"),
-        (lambda c, d: named_windows(["brain", "liver"]), "must name some of"),
+        (lambda c, d: named_windows(["brain", "liver"]), "must be a list, each once, of brain"),
         (lambda c, d: named_windows(["brain", "brain"]), "each once"),
-        (lambda c, d: named_windows([]), "must name some of"),
+        (lambda c, d: named_windows([]), "must be a list, each once, of brain"),
         (lambda c, d: training_rows(c.assign(fold=0), 0, "none"), "too few patients"),
     ],
 )

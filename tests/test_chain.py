@@ -109,7 +109,7 @@ def test_another_phantom_in_the_same_folder_takes_the_old_cache_with_it(tmp_path
         data = prepare_data(None, tmp_path, {"n_patients": n, "slices_per_series": [5, 5]})
         assert json.loads((data / "phantom.json").read_text())["n_patients"] == n and not (tmp_path / "cache").exists()
         (tmp_path / "cache").mkdir()
-    with pytest.raises(InputError, match="at least one patient"):
+    with pytest.raises(InputError, match="n_patients=0: must be 1 to 100000"):
         prepare_data(None, tmp_path, {"n_patients": 0})
     assert (tmp_path / "data" / "phantom.json").is_file() and (tmp_path / "cache").is_dir(), "a typo deletes nothing"
 

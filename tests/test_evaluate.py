@@ -566,5 +566,5 @@ def test_evaluate_imports_no_torch():
 
 @pytest.mark.parametrize("wrong", [{"wanted_sensitivity": 1.2}, {"coverage": 90}])
 def test_a_share_that_is_none_is_one_line(simulated_run, wrong):
-    with pytest.raises(InputError, match="must be a share above 0 and up to 1"):
+    with pytest.raises(InputError, match="must be 0.01 to 1.0"):
         evaluate(simulated_run, None, n_boot=20, **wrong)

@@ -397,7 +397,7 @@ def test_a_second_run_on_the_same_cache_stops(folder, tmp_path):
     with FileLock(tmp_path / "cache" / ".lock"):
         process = run_command(folder, tmp_path)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "another run is writing this cache" in err and "Traceback" not in err
+    assert process.returncode == 1 and "another command is writing there" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -139,7 +139,7 @@ def test_predictions_of_before_are_read_slice_by_slice(stage):
 
 @pytest.mark.parametrize("smooth", [-0.1, 1.5, True, float("nan")])
 def test_a_weight_that_is_none_is_one_line(stage, smooth):
-    with pytest.raises(InputError, match=f"smooth={smooth}: must be the weight of a neighbor") as error:
+    with pytest.raises(InputError, match=f"smooth={smooth}: must be 0.0 to 1.0") as error:
         read_together(stage, smooth)
     assert "\n" not in str(error.value)
 
