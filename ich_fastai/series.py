@@ -246,16 +246,17 @@ def tabulate_series(
             ids["scanner"] = first["ManufacturerModelName"]
             ids["number"] = first["SeriesNumber"][0] if first["SeriesNumber"] else math.inf
             if good.empty:
-                about = {"slices": len(every), "reason": first["error"], "description": first["SeriesDescription"]}
-                rows.append(ids | about | {"images": every.index[:0], "kernel": first["ConvolutionKernel"]})
+                about = {"slices": len(every), "reason": first["error"], "notes": "", "made": False}
+                about |= dict.fromkeys(("spacing_mm", "thickness_mm", "span_mm", "pixel_mm"), math.nan)
+                about |= {"description": first["SeriesDescription"], "kernel": first["ConvolutionKernel"]}
+                rows.append(ids | about | {"images": every.index[:0]})
                 continue
             part, mixed = split_times(good)
             for k, series in good.groupby(part):
                 row = ids | describe_series(series, decoder)
                 row["reason"] = mixed or row["reason"] or f"time point {k} of {part.max()}: the first is read" * (k > 1)
                 rows.append(row)
-    table = pd.DataFrame(rows)
-    return table.assign(notes=table.get("notes", pd.Series(dtype=str)).fillna("") if "notes" in table else "")
+    return pd.DataFrame(rows)
 
 # %% ../nbs/30_series.ipynb #30-029
 def choose_series(
@@ -271,7 +272,7 @@ def choose_series(
         table.loc[~table["used"] & table["reason"].eq(""), "reason"] = "not asked for"
         return table
     low, usual, high = geometry.spacing_mm if geometry else (3.0, 5.0, 5.5)
-    far = np.abs(np.log(table.get("spacing_mm", pd.Series(np.nan, table.index)).astype(float).clip(lower=0.1) / usual))
+    far = np.abs(np.log(table["spacing_mm"].astype(float).clip(lower=0.1) / usual))
     far = far.where(~table["spacing_mm"].between(0.9 * low, 1.1 * high), 0.0).fillna(9.0)
     rank = table.assign(far=far.round(2), short=-table["span_mm"].fillna(0).round(-1))[table["reason"].eq("")]
     rank = rank.sort_values(["made", "far", "short", "number", "uid"], kind="stable")
