@@ -6,12 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ich_fastai.batches import Settings
 from ich_fastai.core import InputError
 from ich_fastai.datasets import ADAPTERS, check_independent, find_facts, open_dataset, read_boxes, read_cq500
 from ich_fastai.datasets import read_datasets
 from ich_fastai.external import PICTURE_SETS
-from ich_fastai.labels import LABELS
+from ich_fastai.labels import LABELS, name_source, tabulate_labels
 from ich_fastai.layouts import LAYOUTS, write_layout
+from ich_fastai.model import describe_data, make_card
 
 SIZE = 64
 
@@ -208,6 +210,19 @@ def test_rsnas_patients_under_another_name_are_refused(name, tmp_path):
     check_independent(find_facts(name), {"trained_on": "phantom"})
     with pytest.raises(InputError, match=f"{name}: known, but not read"):
         open_dataset(name, tmp_path)
+
+
+def test_a_model_says_what_it_was_trained_on(tmp_path):
+    rows = pd.DataFrame({label: [0, 1] for label in LABELS}, ["a", "b"]).astype("uint8")
+    for name, file in {"rsna": "other.json", "phantom": "phantom.json"}.items():
+        (tmp_path / file).write_text("{}")
+        tabulate_labels(rows, tmp_path / name, name_source(tmp_path / "stage_1_train.csv"))
+        card = make_card(Settings(), 256, [], describe_data(tmp_path / name, rows))
+        assert (card["trained_on"], card["geometry"]) == (name, None)
+    assert make_card(Settings(), 256, [])["trained_on"] == ""
+    with pytest.raises(InputError, match="ct_ich: refused: the model was trained on ct_ich"):
+        check_independent(find_facts("ct_ich"), {"trained_on": "ct_ich"})
+    check_independent(find_facts("folder"), {"trained_on": "folder"})  # another hospital's, as far as anyone knows
 
 
 def test_the_table_says_all_that_it_promises():
