@@ -206,7 +206,7 @@ def open_cq500(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     "CQ500; with boxes where those of BHX are there."
     csv, found = csv or folder / "reads.csv", dict[str, list[Path]]()
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if (match := re.match(r"CQ500[- ]?CT[- ]?(\d+)", path.name)) and path.is_dir() and path.parent not in found:
+        if (match := re.match(r"CQ500[- ]?CT[- ]?(\d+)", path.name)) and path.is_dir():
             found.setdefault(f"CQ500-CT-{int(match[1])}", [path])
     if not found:
         raise InputError(f"{folder}: has no folder CQ500CT<N> CQ500CT<N>; give the one that holds all studies")
