@@ -53,10 +53,10 @@ def check_independent(
     card: dict,  # model.json
 ) -> None:
     "Raise `InputError` where the model may have been trained on the dataset's patients."
-    trained_on, same = card.get("trained_on", ""), facts["independent"] == "no"
-    if trained_on == facts.name != "folder" or (same and trained_on in ("", "rsna")):
+    trained_on = card.get("trained_on", "")
+    if facts["independent"] == "no" and trained_on in ("", "rsna"):
         how = f"was trained on {trained_on}" if trained_on else "does not say what it was trained on"
-        why = facts["note"] * same or "22_evaluate reports on its held-out patients"
+        why = facts["note"] or "22_evaluate reports on its held-out patients"
         raise InputError(f"{facts.name}: refused: the model {how}; {why}")
 
 # %% ../nbs/36_datasets.ipynb #36-011

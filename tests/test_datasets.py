@@ -274,9 +274,9 @@ def test_a_model_says_what_it_was_trained_on(tmp_path):
         card = make_card(Settings(), 256, [], describe_data(tmp_path / name, rows))
         assert (card["trained_on"], card["geometry"]) == (name, None)
     assert make_card(Settings(), 256, [])["trained_on"] == ""
-    with pytest.raises(InputError, match="ct_ich: refused: the model was trained on ct_ich"):
-        check_independent(find_facts("ct_ich"), {"trained_on": "ct_ich"})
-    check_independent(find_facts("folder"), {"trained_on": "folder"})  # another hospital's, as far as anyone knows
+    with pytest.raises(InputError, match="rsna: refused: the model was trained on rsna; 22_evaluate"):
+        check_independent(find_facts("rsna"), {"trained_on": "rsna"})
+    check_independent(find_facts("rsna"), {"trained_on": "phantom"})
 
 
 def test_the_table_says_all_that_it_promises():
