@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'loss_weights', 'make_loss', 'Packaged', 'read_packaged', 'can_reach_hub', 'build_model', 'share_norms',
-           'measure_geometry', 'read_geometry', 'make_card', 'Model', 'save_model', 'load_model', 'predict_logits']
+           'measure_geometry', 'describe_data', 'make_card', 'Model', 'save_model', 'load_model', 'predict_logits']
 
 # %% ../nbs/11_model.ipynb #11-003
 import hashlib
@@ -244,26 +244,32 @@ def measure_geometry(
     return {name: [round(v, 3) for v in values] for name, values in ends.items()}
 
 # %% ../nbs/11_model.ipynb #11-039
-def read_geometry(
-    run_dir: str | Path,  # with slices.parquet
+def describe_data(
+    run_dir: str | Path,  # perhaps with slices.parquet and dataset.json
     cohort: pd.DataFrame,  # SOPInstanceUID
-) -> dict | None:
-    "What `measure_geometry` says of the cohort's slices; None where slices.parquet is not there."
-    if not (Path(run_dir) / "slices.parquet").is_file():
-        return None
-    slices = read_stage(run_dir, "slices.parquet")
-    return measure_geometry(slices[slices["SOPInstanceUID"].isin(cohort["SOPInstanceUID"])])
+) -> dict:  # trained_on: the dataset's name, "" where the run does not say; geometry: of `measure_geometry`, or None
+    "What a model must say of the data it was trained on."
+    slices, about = Path(run_dir) / "slices.parquet", Path(run_dir) / "dataset.json"
+    name = json.loads(about.read_text()).get("name", "") if about.is_file() else ""
+    if not slices.is_file():
+        return {"trained_on": name, "geometry": None}
+    rows = read_stage(run_dir, "slices.parquet")
+    return {
+        "trained_on": name,
+        "geometry": measure_geometry(rows[rows["SOPInstanceUID"].isin(cohort["SOPInstanceUID"])]),
+    }
 
 # %% ../nbs/11_model.ipynb #11-040
 def make_card(
     settings: Settings,
     cache_size: int,  # px
     folds: list[dict],  # of each fold: its number, slices, positives, keep_rate, images_seen, loss_weights
-    geometry: dict | None = None,  # of `measure_geometry`
+    data: dict | None = None,  # of `describe_data`
 ) -> dict:
     "What model.json holds of a network that was just trained."
     card = {"settings": asdict(settings), "n_in": settings.n_in, "labels": list(LABELS), "cache_size": cache_size}
-    card |= {"normalization": "each window to -1 ... 1", "training": {"folds": folds}, "geometry": geometry}
+    card |= {"normalization": "each window to -1 ... 1", "training": {"folds": folds}}
+    card |= {"trained_on": "", "geometry": None} | (data or {})
     versions = {p: importlib.metadata.version(p) for p in ("torch", "fastai", "timm")}
     return card | {"corrections": {}, "thresholds": {}, "versions": versions}
 

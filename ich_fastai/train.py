@@ -40,7 +40,7 @@ from .labels import LABELS, LOGITS, SUBTYPES
 from .cache import read_size
 from .cohort import training_rows
 from .batches import Settings, find_place, slice_loaders
-from .model import build_model, loss_weights, make_card, make_loss, read_geometry, save_model, share_norms
+from .model import build_model, describe_data, loss_weights, make_card, make_loss, save_model, share_norms
 
 # %% ../nbs/12_train.ipynb #12-007
 def split_decay(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:  # weights of layers; norms and biases
@@ -301,7 +301,7 @@ def fit(
     done = [fit_fold(cohort, cache_dir, fold, settings, checkpoints, progress) for fold in folds]
     predictions = pd.concat([fold.predictions for fold in done], ignore_index=True)
     if find_place().rank == 0:
-        card = make_card(settings, read_size(cache_dir), [f.facts for f in done], read_geometry(run_dir, cohort))
+        card = make_card(settings, read_size(cache_dir), [f.facts for f in done], describe_data(run_dir, cohort))
         save_table(pd.concat([fold.history for fold in done]), out / "model" / "history.csv")
         save_table(predictions, out / "predictions.parquet")
         save_model(done[0].network, card, out / "model")
