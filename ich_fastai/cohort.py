@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NEIGHBORS', 'COHORT_COLUMNS', 'name_series', 'join_labels', 'find_neighbors', 'input_addresses', 'assign_folds',
            'plot_brain_fraction', 'read_exclusions', 'build_cohort', 'flow_table', 'plot_flow', 'fold_table',
-           'make_cohort', 'training_rows', 'measure_geometry', 'read_geometry']
+           'make_cohort', 'training_rows', 'measure_geometry', 'describe_data']
 
 # %% ../nbs/09_cohort.ipynb #09-002
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -248,12 +249,15 @@ def measure_geometry(
     return {name: [round(v, 3) for v in values] for name, values in ends.items()}
 
 # %% ../nbs/09_cohort.ipynb #09-054
-def read_geometry(
-    run_dir: str | Path,  # with slices.parquet
+def describe_data(
+    run_dir: str | Path,  # perhaps with slices.parquet and dataset.json
     cohort: pd.DataFrame,  # SOPInstanceUID
-) -> dict | None:
-    "What `measure_geometry` says of the cohort's slices; None where slices.parquet is not there."
-    if not (Path(run_dir) / "slices.parquet").is_file():
-        return None
-    slices = read_stage(run_dir, "slices.parquet")
-    return measure_geometry(slices[slices["SOPInstanceUID"].isin(cohort["SOPInstanceUID"])])
+) -> dict:  # trained_on: the dataset's name, "" where the run does not say; geometry: of `measure_geometry`, or None
+    "What a model must say of the data it was trained on."
+    run_dir, about = Path(run_dir), dict[str, Any](trained_on="", geometry=None)
+    if (run_dir / "dataset.json").is_file():
+        about["trained_on"] = read_stage(run_dir, "dataset.json").get("name", "")
+    if (run_dir / "slices.parquet").is_file():
+        slices = read_stage(run_dir, "slices.parquet")
+        about["geometry"] = measure_geometry(slices[slices["SOPInstanceUID"].isin(cohort["SOPInstanceUID"])])
+    return about

@@ -55,8 +55,8 @@ def check_independent(
     "Raise `InputError` where the model may have been trained on the dataset's patients."
     trained_on = card.get("trained_on", "")
     if facts["independent"] == "no" and trained_on in ("", "rsna"):
-        how = "was trained on RSNA" if trained_on else "does not say what it was trained on (trained_on in model.json)"
-        why = facts["note"] or "these are its training's patients; 22_evaluate reports on those held out"
+        how = f"was trained on {trained_on}" if trained_on else "does not say what it was trained on"
+        why = facts["note"] or "22_evaluate reports on its held-out patients"
         raise InputError(f"{facts.name}: refused: the model {how}; {why}")
 
 # %% ../nbs/36_datasets.ipynb #36-011
@@ -206,7 +206,7 @@ def open_cq500(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     "CQ500; with boxes where those of BHX are there."
     csv, found = csv or folder / "reads.csv", dict[str, list[Path]]()
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if (match := re.match(r"CQ500[- ]?CT[- ]?(\d+)", path.name)) and path.is_dir() and path.parent not in found:
+        if (match := re.match(r"CQ500[- ]?CT[- ]?(\d+)", path.name)) and path.is_dir():
             found.setdefault(f"CQ500-CT-{int(match[1])}", [path])
     if not found:
         raise InputError(f"{folder}: has no folder CQ500CT<N> CQ500CT<N>; give the one that holds all studies")

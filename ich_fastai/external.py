@@ -180,7 +180,8 @@ def import_pictures(
     rows, unknown = read_picture_labels(data_dir / about.labels)
     tabulate_labels(rows[list(LABELS)], run_dir)
     cache_pictures(data_dir, run_dir / "cache", about, rows, size)
-    save_json(about._asdict() | {"labels_unknown": unknown}, run_dir / "dataset.json", checked=True)
+    name = next((name for name, known in PICTURE_SETS.items() if known == about), "pictures")
+    save_json(about._asdict() | {"name": name, "labels_unknown": unknown}, run_dir / "dataset.json", checked=True)
     if unknown:
         print(f"{data_dir.name}/{about.labels}: has no {', '.join(unknown)}; they are 0 everywhere and mean nothing")
     return make_cohort(run_dir, n_folds=n_folds, seed=seed)

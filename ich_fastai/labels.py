@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUBTYPES', 'LABELS', 'LOGITS', 'LABEL_COLORS', 'Dataset', 'find_dataset', 'read_labels', 'read_combinations',
            'class_balance', 'cooccurrence', 'plot_cooccurrence', 'subtypes_per_slice', 'undersample', 'class_weights',
-           'tabulate_labels']
+           'name_source', 'tabulate_labels']
 
 # %% ../nbs/01_labels.ipynb #01-002
 import zipfile
@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .core import COLORS, MISSING, InputError, name_some, project_dir, save_figure, save_table
+from .core import COLORS, MISSING, InputError, data_note, name_some, project_dir, save_figure, save_json
+from .core import save_table
 from .guard import checked
 
 # %% ../nbs/01_labels.ipynb #01-007
@@ -201,16 +202,25 @@ def class_weights(
     return (1 / n / (1 / n).mean()).rename("weight").rename_axis("label")
 
 # %% ../nbs/01_labels.ipynb #01-059
+def name_source(
+    csv: str | Path,  # a label CSV in RSNA's form
+) -> str:  # "phantom" or "rsna"
+    "Whose labels they are: a model says what it was trained on, so that it is not tested on the same patients."
+    return "phantom" if data_note(Path(csv).parent) else "rsna"
+
+
 def tabulate_labels(
     labels: pd.DataFrame,  # (n, 6) 0 or 1, columns LABELS, index SOPInstanceUID
     run_dir: str | Path,  # the run's folder
+    source: str = "",  # of `name_source`, or another dataset's name
 ) -> pd.DataFrame:  # Table 1, as `class_balance` gives it
-    "Write labels.parquet, Table 1, the co-occurrence table and figure, and subtypes per slice into `run_dir`."
+    "Write labels.parquet, dataset.json, and Table 1, co-occurrence and subtypes per slice as tables and figure."
     import matplotlib.pyplot as plt
 
     run_dir = Path(run_dir)
     balance = class_balance(labels).assign(class_weight=class_weights(labels))
     save_table(labels, run_dir / "labels.parquet")
+    save_json({"name": source}, run_dir / "dataset.json", checked=True)
     save_table(balance, run_dir / "tables" / "class_balance.csv")
     save_table(cooccurrence(labels), run_dir / "tables" / "cooccurrence.csv")
     save_table(subtypes_per_slice(labels).to_frame(), run_dir / "tables" / "subtypes_per_slice.csv")

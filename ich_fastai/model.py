@@ -239,11 +239,12 @@ def make_card(
     settings: Settings,
     cache_size: int,  # px
     folds: list[dict],  # of each fold: its number, slices, positives, keep_rate, images_seen, loss_weights
-    geometry: dict | None = None,  # of 09_cohort's `measure_geometry`
+    data: dict | None = None,  # of 09_cohort's `describe_data`
 ) -> dict:
     "What model.json holds of a network that was just trained."
     card = {"settings": asdict(settings), "n_in": settings.n_in, "labels": list(LABELS), "cache_size": cache_size}
-    card |= {"normalization": "each window to -1 ... 1", "training": {"folds": folds}, "geometry": geometry}
+    card |= {"normalization": "each window to -1 ... 1", "training": {"folds": folds}}
+    card |= {"trained_on": "", "geometry": None} | (data or {})
     versions = {p: importlib.metadata.version(p) for p in ("torch", "fastai", "timm")}
     return card | {"corrections": {}, "thresholds": {}, "versions": versions}
 

@@ -14,7 +14,7 @@ from filelock import FileLock
 from scipy.special import expit
 
 from .core import project_dir, read_run_file, read_stage
-from .labels import find_dataset, read_labels, tabulate_labels
+from .labels import find_dataset, name_source, read_labels, tabulate_labels
 from .head import VERSION
 from .phantom import is_phantom, make_phantom
 from .ingest import ingest
@@ -42,7 +42,7 @@ def tiny_sources() -> Path:  # run_dir
         if not made.exists() or made.stat().st_mtime < (data_dir / "phantom.json").stat().st_mtime:
             shutil.rmtree(run_dir, ignore_errors=True)  # of an earlier phantom
             dataset = find_dataset(data_dir)
-            tabulate_labels(read_labels(dataset.labels_csv), run_dir)
+            tabulate_labels(read_labels(dataset.labels_csv), run_dir, name_source(dataset.labels_csv))
             ingest(dataset.dicom_dir, run_dir / "cache", workers=1)
     return run_dir
 
@@ -61,7 +61,7 @@ def tiny_run() -> Path:  # run_dir
     run_dir = tiny_cohort()
     with FileLock(run_dir / ".train.lock"):
         done = (run_dir / "predictions.parquet").exists()
-        if not done or "geometry" not in read_stage(run_dir, "model/model.json"):  # of an earlier version
+        if not done or "trained_on" not in read_stage(run_dir, "model/model.json"):  # of an earlier version
             from ich_fastai.batches import Settings
             from ich_fastai.train import fit
 

@@ -41,7 +41,7 @@ from .core import stage_file, write_file
 from .guard import checked
 from .labels import LABELS, LOGITS, SUBTYPES
 from .cache import read_size
-from .cohort import read_geometry, training_rows
+from .cohort import describe_data, training_rows
 from .batches import Settings, find_place, slice_loaders
 from .model import Average, build_model, loss_weights, make_card, make_loss
 from .model import save_model, share_norms
@@ -335,7 +335,7 @@ def fit(
     done = [fit_fold(cohort, cache_dir, fold, settings, checkpoints, progress) for fold in folds]
     predictions = pd.concat([fold.predictions for fold in done], ignore_index=True)
     if find_place().rank == 0:
-        card = make_card(settings, read_size(cache_dir), [f.facts for f in done], read_geometry(run_dir, cohort))
+        card = make_card(settings, read_size(cache_dir), [f.facts for f in done], describe_data(run_dir, cohort))
         save_table(pd.concat([fold.history for fold in done]), out / "model" / "history.csv")
         save_table(predictions, out / "predictions.parquet")
         networks = [fold.network for fold in done]

@@ -302,9 +302,11 @@ def position_table(
     height = ((order + 0.5) / rows.groupby("study")["study"].transform("size")).to_numpy()
     (patient, draws), y = draw_patients(d.patients, n_boot, seed), d.y[:, -1]
     counts, table = {"n": len(y), "n_positive": int(y.sum()), "n_patients": draws.shape[1]}, []
-    for name, score in (("this model", d.x[:, -1]), ("closeness to the middle", -abs(height - 0.5))):
-        for pairs, bins in (("all", 1), ("same position", 10)):
-            auc = auc_at_same_position(y, score, height, patient, draws, bins)
+    scores = {"this model": d.x[:, -1], "closeness to the middle": -abs(height - 0.5)}
+    for pairs, bins in (("all", 1), ("same position", 10)):
+        aucs = {name: auc_at_same_position(y, s, height, patient, draws, bins) for name, s in scores.items()}
+        aucs["difference"] = aucs["this model"] - aucs["closeness to the middle"]
+        for name, auc in aucs.items():
             found = find_estimate(
                 auc, "undefined: no pair of a positive and a negative", "one patient" * (len(draws) < 2)
             )

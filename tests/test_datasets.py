@@ -1,17 +1,23 @@
 "Other hospitals' datasets: what a reader gives is what the phantom laid out, pixel by pixel and label by label."
 
 import shutil
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from ich_fastai.core import InputError
+from ich_fastai.batches import Settings
+from ich_fastai.core import DicomError, InputError
 from ich_fastai.datasets import ADAPTERS, check_independent, find_facts, open_dataset, read_boxes, read_cq500
 from ich_fastai.datasets import read_datasets
 from ich_fastai.external import PICTURE_SETS
-from ich_fastai.labels import LABELS
+from ich_fastai.labels import LABELS, name_source, read_labels, tabulate_labels
 from ich_fastai.layouts import LAYOUTS, write_layout
+from ich_fastai.cohort import describe_data
+from ich_fastai.model import make_card
+from ich_fastai.tiny import tiny_phantom
+from ich_fastai.volumes import read_nifti, stand_volume
 
 SIZE = 64
 
@@ -184,6 +190,57 @@ def test_a_study_that_cannot_be_read_is_one_line_and_a_reason(layouts, tmp_path,
     assert list(dataset.reasons) == [study]
 
 
+@pytest.mark.parametrize("flips", list(product((1, -1), repeat=3)))
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("tilt", [0, 20])
+def test_a_volume_stands_upright_however_it_is_stored(flips, swapped, tilt):
+    "A head of 6 x 5 px (front to back, right to left) and 4 slices; columns 0.5 mm, rows 0.4, slices 5 mm apart."
+    upright = np.arange(4 * 6 * 5).reshape(4, 6, 5)
+    a = np.radians(tilt)  # around the axis from right to left, as a gantry
+    axes = np.array([[-0.5, 0, 0], [0, -0.4 * np.cos(a), -0.4 * np.sin(a)], [0, -5 * np.sin(a), 5 * np.cos(a)]])
+    voxels, affine = upright.transpose(2, 1, 0), np.eye(4)
+    for axis, flip in enumerate(flips):
+        voxels = np.flip(voxels, axis) if flip < 0 else voxels
+        affine[:3, 3] += axes[axis] * (voxels.shape[axis] - 1) * (flip < 0)
+        affine[:3, axis] = axes[axis] * flip
+    if swapped:
+        voxels, affine[:, [0, 1]] = voxels.transpose(1, 0, 2), affine[:, [1, 0]]
+    volume = stand_volume(voxels, affine)
+    assert np.allclose(np.abs(volume.spacing), (0.4, 0.5)) and np.allclose(np.diff(volume.z_mm), 5 * flips[2])
+    assert np.array_equal(volume.slices, upright[:: flips[2]])  # in the file's order
+
+
+@pytest.mark.parametrize(
+    "affine", [np.zeros((4, 4)), np.full((4, 4), np.nan), np.diag([5.0, 0.5, 0.5, 1])[[2, 1, 0, 3]]]
+)
+def test_a_volume_that_is_not_axial_is_refused(affine):
+    with pytest.raises(DicomError, match="no geometry|not axial"):
+        stand_volume(np.zeros((3, 3, 3)), affine)
+
+
+def test_values_of_a_nifti_file_are_hu(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    image = nibabel.Nifti1Image(np.full((4, 4, 2), 30.0), np.diag([-1.0, -1, 5, 1]))
+    image.header.set_slope_inter(0.5, -7)  # of what is stored
+    image.set_data_dtype(np.int16)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    assert (read_nifti(tmp_path / "a.nii.gz").slices == 0.5 * 30 - 7).all()
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 2, 2)), np.eye(4)), tmp_path / "b.nii")
+    with pytest.raises(DicomError, match="b.nii: not a volume"):
+        read_nifti(tmp_path / "b.nii")
+
+
+def test_rsnas_layout_is_read_like_any_other():
+    phantom = tiny_phantom()
+    dataset = open_dataset("rsna", phantom)
+    labels = read_labels(phantom / "stage_1_train.csv")
+    assert dataset.level == "slice" and list(dataset.labels)[:6] == list(LABELS)
+    assert dataset.labels[list(LABELS)].equals(labels.loc[dataset.labels.index])
+    assert len(labels) - len(dataset.labels) < 5 and dataset.labels["PatientID"].nunique() > 5
+    stack = dataset.read(dataset.studies[0], 64)
+    assert set(stack.ids) <= set(dataset.labels.index[dataset.labels["study"].eq(dataset.studies[0])])
+
+
 def test_missing_files_and_labels_are_said(layouts, tmp_path):
     folder = shutil.copytree(layouts["cq500"][0], tmp_path / "data")
     shutil.rmtree(folder / "CQ500CT7 CQ500CT7")
@@ -208,6 +265,19 @@ def test_rsnas_patients_under_another_name_are_refused(name, tmp_path):
     check_independent(find_facts(name), {"trained_on": "phantom"})
     with pytest.raises(InputError, match=f"{name}: known, but not read"):
         open_dataset(name, tmp_path)
+
+
+def test_a_model_says_what_it_was_trained_on(tmp_path):
+    rows = pd.DataFrame({label: [0, 1] for label in LABELS}, ["a", "b"]).astype("uint8")
+    for name, file in {"rsna": "other.json", "phantom": "phantom.json"}.items():
+        (tmp_path / file).write_text("{}")
+        tabulate_labels(rows, tmp_path / name, name_source(tmp_path / "stage_1_train.csv"))
+        card = make_card(Settings(), 256, [], describe_data(tmp_path / name, rows))
+        assert (card["trained_on"], card["geometry"]) == (name, None)
+    assert make_card(Settings(), 256, [])["trained_on"] == ""
+    with pytest.raises(InputError, match="rsna: refused: the model was trained on rsna; 22_evaluate"):
+        check_independent(find_facts("rsna"), {"trained_on": "rsna"})
+    check_independent(find_facts("rsna"), {"trained_on": "phantom"})
 
 
 def test_the_table_says_all_that_it_promises():

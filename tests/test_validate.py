@@ -110,11 +110,12 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(layouts, model_dir, tmp_
     call = [str(model_dir), "ct_ich", str(folder), str(tmp_path / "killed")]
     code = f"from ich_fastai.validate import ich_validate; ich_validate(*{call}, n_boot=10)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list((tmp_path / "killed" / "answers").glob("*.parquet")):
+    answers = tmp_path / "killed" / "answers"
+    while process.poll() is None and not list(answers.glob("[!.]*.parquet")):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "answers").glob("*.parquet")}
+    done = {path: path.stat().st_mtime_ns for path in answers.glob("[!.]*.parquet")}
     for name in ("killed", "undisturbed"):
         validate(model_dir, open_dataset("ct_ich", folder), tmp_path / name, device="cpu", n_boot=10)
     files = [
