@@ -18,6 +18,8 @@ setup(
     packages=[s["lib_name"]],
     package_data={s["lib_name"]: ["*.html"]},
     install_requires=s["requirements"].split(),
-    extras_require={extra: s[f"{extra}_requirements"].split() for extra in ("cluster", "pretrained", "dev")},
+    extras_require={
+        extra: s[f"{extra}_requirements"].split() for extra in ("cluster", "dicom", "onnx", "pretrained", "dev")
+    },
     entry_points={"console_scripts": s["console_scripts"].split()},
 )
