@@ -19,7 +19,8 @@ setup(
     package_data={s["lib_name"]: ["*.html"]},
     install_requires=s["requirements"].split(),
     extras_require={
-        extra: s[f"{extra}_requirements"].split() for extra in ("cluster", "pretrained", "external", "dev")
+        extra: s[f"{extra}_requirements"].split()
+        for extra in ("cluster", "dicom", "onnx", "pretrained", "external", "dev")
     },
     entry_points={"console_scripts": s["console_scripts"].split()},
 )

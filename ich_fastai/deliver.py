@@ -31,6 +31,7 @@ from .model import Model, load_model
 from .series import check_wanted, format_series, show_text, survey_study
 from .predict import DETAILS, Study, check_used, format_studies, predict_survey, summarize_studies
 from .viewer import write_study_page
+from .objects import check_folders, write_objects
 from .answer import describe_model, write_answer
 from .tables import Progress, Tables, make_submission, name_outputs, read_sample
 
@@ -221,7 +222,7 @@ def hold_folders(
 @call_parse
 def ich_predict(
     model: str,  # model/ folder of a run
-    dicom: Annotated[list[str], {"nargs": "+", "type": str}],  # DICOM files, folders, a zip or a DICOMDIR; then OUT.csv
+    files: Annotated[list[str], {"nargs": "+", "type": str}],  # DICOM files, folders, a zip or a DICOMDIR; then OUT.csv
     out: str = "",  # CSV to write, a row per image; OUT-studies.csv and OUT-series.csv; predictions.csv by default
     device: str = "",  # cuda or cpu; cuda where there is one by default
     submission: str = "",  # the competition's sample submission: its rows are written into OUT-submission.csv
@@ -229,22 +230,27 @@ def ich_predict(
     all_series: store_true = False,  # use all series that can be read, a row each
     html: str = "",  # folder for a page a study
     json: str = "",  # folder for a JSON file a study
+    dicom: str = "",  # folder for a Structured Report and a Secondary Capture a study; needs the extra dicom
     show_uids: store_true = False,  # UIDs and file names in the pages
     resume: store_true = False,  # go on with a run that was stopped: finished studies are not read again
 ):
     "Probabilities of intracranial hemorrhage for each slice and study, by one series. Not a medical device."
-    inputs, paths = name_outputs([dicom] if isinstance(dicom, str) else list(dicom), out, submission)
+    inputs, paths = name_outputs([files] if isinstance(files, str) else list(files), out, submission)
+    check_folders(inputs, html=html, json=json, dicom=dicom)
     begun = {"model": hash_model(model), "version": importlib.metadata.version("ich_fastai"), "--series": series}
-    begun |= {"--all-series": all_series, "--html": html, "--json": json, "--show-uids": show_uids}
-    with hold_folders(html, json), explain_stop(tables := Tables(paths[:3], begun, resume)):
+    begun |= {"--all-series": all_series, "--html": html, "--json": json, "--dicom": dicom}
+    begun |= {"--show-uids": show_uids}
+    with hold_folders(html, json, dicom), explain_stop(tables := Tables(paths[:3], begun, resume)):
         loaded, wanted = load_model(model, device or None), read_sample(submission) if submission else None
         writers: list[Writer] = []
         if html:
             writers.append(partial(write_study_page, folder=html, show_uids=show_uids))
         if json:
             writers.append(partial(write_answer, folder=json, about=describe_model(model, loaded.card)))
+        if dicom:
+            writers.append(partial(write_objects, folder=dicom, about=describe_model(model, loaded.card)))
         n = predict_files(loaded, inputs, tables, writers, series=series, all_series=all_series)
-        for what, folder in (("page", html), ("JSON file", json)):
+        for what, folder in (("page", html), ("JSON file", json), ("report and picture", dicom)):
             print(f"{n:,} {what}{'s' * (n != 1)} in {folder}.\n" * bool(folder), end="")
     if wanted is not None:
         slices = pd.read_csv(paths[0], usecols=["SOPInstanceUID", *LABELS], float_precision="round_trip")
