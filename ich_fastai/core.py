@@ -177,7 +177,8 @@ def read_run_file(
         data = path.read_bytes()
         at, checksum = _find_checksum(data)
         if at and data[at : at + 8] != checksum:
-            raise ValueError("another checksum")
+            what = "damaged, or changed by hand"
+            raise ValueError(what)
         return (read or READERS[path.suffix])(io.BytesIO(data))
     except FileNotFoundError:
         what = "not there"

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ich_fastai.core import InputError
+from ich_fastai.core import InputError, read_run_file
 from ich_fastai.explain import explain, integrated_gradients, paint_brain, score_slices, smooth_map, worst_mistakes
 from ich_fastai.model import build_model
 from ich_fastai.tiny import tiny_phantom
@@ -34,7 +34,7 @@ def test_the_sensitivity_that_was_asked_for_reaches_the_subgroups(simulated_run,
     write_predictions(simulated_run, cohort[cohort["fold"] < 2], (0, 1))
     path, found = simulated_run / "model" / "model.json", {}
     for wanted in (0.5, 1.0):
-        card = json.loads(path.read_text())
+        card = read_run_file(path)
         path.write_text(json.dumps(card | {"thresholds": {"wanted_sensitivity": wanted}}))
         table = explain(simulated_run, n_boot=2)["subgroups"].query("metric == 'sensitivity'")
         found[wanted] = np.average(table["value"].fillna(0).astype(float), weights=table["n_positive"])

@@ -193,7 +193,7 @@ def test_what_was_done_is_written_down(trained, cohort):
 
 def test_a_model_folder_of_the_former_layout_is_refused_in_one_line(trained, tmp_path):
     shutil.copytree(trained[0] / "model", tmp_path / "model")
-    card = json.loads((tmp_path / "model" / "model.json").read_text())
+    card = read_stage(tmp_path, "model/model.json")
     (tmp_path / "model" / "model.json").write_text(json.dumps(card.pop("settings") | card))
     with pytest.raises(InputError, match="not a model of this version .*train again") as error:
         load_model(tmp_path / "model", "cpu")
