@@ -155,24 +155,23 @@ def predict_export(
     "Read, judge and write the studies that are not finished. Raises `InputError` where no series is used."
     screen, n = Screen(), sum(map(len, export.studies.values()))
     left = [name for name, starts in export.studies.items() if not tables.skip(name, len(starts))]
-    if tables.finished:
-        screen.notes.append(f"{len(tables.finished):,} studies were finished before and are not shown.")
+    before = f"{len(tables.finished):,} studies were finished before and are not shown."
+    screen.notes += [before] * bool(tables.finished)
     done = skipped = n - sum(len(export.studies[name]) for name in left)
     for study in read_studies(model, export, left, bool(writers), series, all_series):
         shown = summarize_series(study.slices, model.card, all_series)
-        unused, series_table = int(study.slices["error"].notna().sum()), study.survey.series
+        unused, found = int(study.slices["error"].notna().sum()), study.survey.series
         for writer in writers if unused < len(study.slices) else ():
             writer(model, study)
-        about = {"images": len(study.slices), "unused": unused, "used": bool(series_table["used"].any())}
+        about = {"images": len(study.slices), "unused": unused, "used": bool(found["used"].any())}
         tables.add(study.uid, [study.slices, shown.reset_index(), study.tabulate_series()], about)
-        screen.add(series_table, shown, list_notes(series_table, find_geometry(model.card)))
+        screen.add(found, shown, list_notes(found, find_geometry(model.card)))
         done += len(study.slices)
-        progress("studies read", len(tables.finished), len(export.studies), (done - skipped) / (n - skipped))
+        progress("studies read", len(tables.finished), tables.studies, (done - skipped) / (n - skipped))
     if not any(row["used"] for row in tables.finished.values()):
         tables.drop()
-        found = pd.concat(screen.series)
-        print(format_series(found) + screen.more("series", tables.paths[2]), flush=True)
-        check_used(found, n)
+        print(format_series(first := pd.concat(screen.series)) + screen.more("series", tables.paths[2]))
+        check_used(first, n)
     return screen
 
 # %% ../nbs/36_deliver.ipynb #36-018

@@ -24,7 +24,7 @@ from .workers import hold_interrupt
 from .labels import LABELS
 from .series import show_text
 
-# %% ../nbs/35_tables.ipynb #35-007
+# %% ../nbs/35_tables.ipynb #35-008
 def make_harmless(table: pd.DataFrame) -> pd.DataFrame:
     "The table with its text fit for a spreadsheet."
 
@@ -34,7 +34,7 @@ def make_harmless(table: pd.DataFrame) -> pd.DataFrame:
     texts = [name for name in table if any(isinstance(value, str) for value in table[name])]
     return table.assign(**{name: table[name].map(fix) for name in texts})
 
-# %% ../nbs/35_tables.ipynb #35-010
+# %% ../nbs/35_tables.ipynb #35-011
 def check_output(
     path: Path,  # a file to be written
     inputs: Sequence[str | Path],  # what is read
@@ -54,7 +54,7 @@ def check_output(
         if first != columns:
             raise InputError(f"{path}: there is another file of that name; remove it or choose another output")
 
-# %% ../nbs/35_tables.ipynb #35-012
+# %% ../nbs/35_tables.ipynb #35-013
 FIRST_COLUMNS = ("file", "StudyInstanceUID"), ("StudyInstanceUID", "slices"), ("study", "SeriesInstanceUID")
 
 
@@ -69,7 +69,7 @@ def name_outputs(dicom: list[str], out: str, submission: str) -> tuple[list[str]
             check_output(path, [*dicom, *filter(None, [submission])], columns)
     return dicom, tables
 
-# %% ../nbs/35_tables.ipynb #35-015
+# %% ../nbs/35_tables.ipynb #35-016
 def write_at(path: Path, size: int, data: bytes) -> int:  # bytes that stay; the new size
     "Write behind the first bytes of a file, and nothing after; a new file where none stay."
     with open(path, "r+b" if size else "wb") as file:
@@ -78,7 +78,7 @@ def write_at(path: Path, size: int, data: bytes) -> int:  # bytes that stay; the
         file.write(data)
     return size + len(data)
 
-# %% ../nbs/35_tables.ipynb #35-017
+# %% ../nbs/35_tables.ipynb #35-018
 class Tables:
     "The tables of a run, and what is finished: a dict with `images`, `unused` and `used` for each study."
 
@@ -156,7 +156,7 @@ class Tables:
         of = f" of {self.studies:,}" * (self.studies > 0)
         return f"; {len(self.finished):,}{of} studies are finished, --resume goes on" * bool(self.finished)
 
-# %% ../nbs/35_tables.ipynb #35-020
+# %% ../nbs/35_tables.ipynb #35-021
 def format_time(seconds: float) -> str:
     "A duration for people."
     if seconds < 90:
@@ -201,7 +201,7 @@ class Progress:
             self.stream.write(f"\r{'':<79}\r")
             self.stream.flush()
 
-# %% ../nbs/35_tables.ipynb #35-023
+# %% ../nbs/35_tables.ipynb #35-024
 def read_sample(
     csv: str | Path,  # the competition's sample submission, columns ID,Label
 ) -> pd.Series:  # of str, in its order
@@ -212,7 +212,7 @@ def read_sample(
         why = str(e).splitlines()[0]
         raise InputError(f"{csv}: not a sample submission with the columns ID,Label: {why}") from e
 
-# %% ../nbs/35_tables.ipynb #35-024
+# %% ../nbs/35_tables.ipynb #35-025
 def make_submission(
     slices: pd.DataFrame,  # as `predict_study` gives it: SOPInstanceUID, LABELS
     wanted: pd.Series,  # of `read_sample`
