@@ -107,6 +107,7 @@ def hold_folder(
     try:
         yield
     finally:
+        (Path(folder) / ".lock").unlink(missing_ok=True)  # while held: nothing is left in a folder of pages
         lock.release()
 
 # %% ../nbs/00c_guard.ipynb #00-019

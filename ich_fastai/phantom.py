@@ -24,7 +24,7 @@ from fastcore.script import call_parse
 
 from .core import MARKED, InputError, add_checksum, data_note, read_run_file, save_json
 from .guard import checked, hold_folder, show_value
-from .workers import count_cores, end_with_parent
+from .workers import count_cores, end_with_parent, hold_interrupt
 from .labels import LABELS, SUBTYPES
 from .head import VERSION, Head, draw_head, make_rng
 from .bleeding import draw_bleed
@@ -180,7 +180,9 @@ def _run_patients(work: Callable[[Patient], list[dict]], patients: list[Patient]
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
-        yield from pool.map(work, patients)
+        with hold_interrupt():  # a worker that has not yet begun would print a traceback
+            done = pool.map(work, patients)
+        yield from done
 
 # %% ../nbs/06_phantom.ipynb #06-030
 def _write_labels(f, rows: list[dict]) -> None:

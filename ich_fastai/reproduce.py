@@ -414,6 +414,9 @@ def ich_reproduce(
     start, settings = time.time(), parse_settings(set)
     run_dir = Path(out or project_dir() / "runs" / Path(preset).stem).resolve()
     end_at_interrupt(run_dir)
-    index = reproduce(preset, data or None, run_dir, settings=settings, first=from_, last=until, resume=resume)
+    try:
+        index = reproduce(preset, data or None, run_dir, settings=settings, first=from_, last=until, resume=resume)
+    except KeyboardInterrupt:  # that was held back while processes started
+        signal.raise_signal(signal.SIGINT)
     print_headline(index.parent)
     print(f"\n{time.time() - start:.0f} s. Report: {os.path.relpath(index)}")

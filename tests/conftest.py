@@ -24,6 +24,40 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+CANARY, BORN = "CANARY", "19010203"
+KEPT = {"PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "Modality", "PhotometricInterpretation"}
+KEPT |= {
+    "ImageType",
+    "RescaleType",
+    "SeriesDescription",
+    "BodyPartExamined",
+    "SpecificCharacterSet",
+    "FrameOfReferenceUID",
+}
+
+
+def plant_canaries(dataset):
+    "A dataset of pydicom with a canary in every text element of DICOM's that a run has no use for, and in the private."
+    from pydicom import datadict
+
+    short = {"SH": f"{CANARY}_SH", "CS": "CANARY_CS", "AE": "CANARY_AE", "PN": f"{CANARY}^Ada", "DA": BORN}
+    long = dict.fromkeys(("LO", "LT", "ST", "UT", "UC"), f"{CANARY} Hospital")
+    for tag, (kind, _, _, retired, keyword) in datadict.DicomDictionary.items():
+        plain = keyword and not retired and tag >> 16 not in (0x0000, 0x0002, 0x0004) and keyword not in KEPT
+        if plain and kind in short | long and keyword not in dataset:
+            setattr(dataset, keyword, (short | long)[kind])
+    for keyword in ("PatientName", "PatientBirthDate", "InstitutionName", "ReferringPhysicianName", "StudyDescription"):
+        setattr(dataset, keyword, BORN if "Date" in keyword else f"{CANARY} Ada")
+    dataset.private_block(0x0019, f"{CANARY} TEST", create=True).add_new(0x02, "LO", f"{CANARY} private")
+    return dataset
+
+
+def find_canaries(path):
+    "Canaries in a file's bytes, as text in UTF-8 or UTF-16."
+    data, words = Path(path).read_bytes(), (CANARY, BORN, "Hospital")
+    return [word for word in words if word.encode() in data or word.encode("utf-16-le") in data]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interruptible():
     "Ctrl-C as a terminal gives it: a shell that runs the tests in the background makes it ignored."

@@ -13,7 +13,7 @@ from numbers import Integral, Real
 import nbformat
 import numpy as np
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, find_canaries, plant_canaries
 from dicom_files import make_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,7 +31,8 @@ from ich_fastai.external import import_pictures
 from ich_fastai.guard import LISTS, RANGES, check_ranges, hold_folder
 from ich_fastai.imbalance import compare
 from ich_fastai.ingest import ingest
-from ich_fastai.labels import undersample
+from ich_fastai.dicom import draw_figure_1
+from ich_fastai.labels import read_labels, tabulate_labels, undersample
 from ich_fastai.phantom import make_phantom
 from ich_fastai.reproduce import PHANTOM_PARAMETERS, STAGES, check_network, check_parameters, declared_parameters
 from ich_fastai.reproduce import parse_settings, run_notebook
@@ -317,3 +318,27 @@ def test_a_folder_named_dl_breaks_no_import(tmp_path):
     ]
     assert [s.returncode for s in said] == [0, 0], said[0].stderr
     assert said[0].stdout == said[1].stdout and len(set(said[0].stdout.split()[:4])) == 1
+
+
+def test_a_run_names_nobody(tmp_path):
+    import pydicom
+
+    data, images = tmp_path / "data", tmp_path / "data" / "stage_1_train_images"
+    images.mkdir(parents=True)
+    source = tiny_phantom()
+    (data / "stage_1_train.csv").write_bytes((source / "stage_1_train.csv").read_bytes())
+    for path in sorted((source / "stage_1_train_images").iterdir())[:20]:
+        try:
+            plant_canaries(pydicom.dcmread(path)).save_as(images / path.name)
+        except (OSError, ValueError, AttributeError):  # the phantom's truncated file
+            continue
+    planted = next(images.iterdir())
+    assert find_canaries(planted) and len(pydicom.dcmread(planted)) > 500
+    run = tmp_path / "run"
+    tabulate_labels(read_labels(data / "stage_1_train.csv"), run)
+    ingest(images, run / "cache", 64, workers=1)
+    make_cohort(run, n_folds=2)
+    draw_figure_1(images, run)
+    written = [p for p in run.rglob("*") if p.is_file()]
+    assert len(written) > 10
+    assert not [p.name for p in written if find_canaries(p)]
