@@ -217,14 +217,8 @@ def describe_series(series: pd.DataFrame, decoder: Decoder) -> dict:  # usable i
         notes.append(f"a gap of {gaps.max():.0f} mm: slices are missing")
     notes += ["the image's border cuts the head"] if sight.cut >= 0.5 else []
     made = "SECONDARY" in words(first["ImageType"])
-    row = {
-        "slices": len(series),
-        "spacing_mm": gap,
-        "thickness_mm": said,
-        "pixel_mm": mm,
-        "span_mm": span,
-        **sight._asdict(),
-    }
+    row = {"slices": len(series), "spacing_mm": gap, "thickness_mm": said, "pixel_mm": mm, "span_mm": span}
+    row |= sight._asdict()
     row |= {"reason": reason, "notes": "; ".join(notes), "ordered": ordered, "made": made, "images": series.index}
     return row | {"description": first["SeriesDescription"], "kernel": first["ConvolutionKernel"]}
 
