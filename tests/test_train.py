@@ -497,7 +497,7 @@ def test_a_package_that_is_not_installed_is_one_line_without_a_network(monkeypat
 def test_wrong_arms_are_one_line(short_run):
     run_dir, train_them = short_run
     for arms, seeds, message in (
-        ([], 3, r"arms=\[\]: must be a list, each once, of"),
+        ([], 3, r"arms=..: must be a list, each once, of"),
         (["none+none"], 0, "seeds=0: must be 1 to 100"),
         (["none+none", "undersample"], 3, "must be a list, each once, of undersample"),
     ):
