@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'MOST_NOTES', 'Writer', 'describe_lost', 'read_studies', 'summarize_series', 'list_notes', 'Screen',
-           'explain_stop', 'predict_export', 'predict_files', 'hash_model', 'hold_folders', 'ich_predict']
+           'explain_stop', 'predict_export', 'predict_files', 'hash_model', 'hold_folders', 'choose_writers',
+           'ich_predict']
 
 # %% ../nbs/36_deliver.ipynb #36-003
 import hashlib
@@ -218,6 +219,24 @@ def hold_folders(
         yield
 
 # %% ../nbs/36_deliver.ipynb #36-025
+def choose_writers(
+    model_dir: str | Path,  # model/ of a run
+    model: Model,
+    html: str = "",  # folders; "" where nothing is asked for
+    json: str = "",
+    dicom: str = "",
+    show_uids: bool = False,
+) -> list[Writer]:
+    "Who is called with each study."
+    about: dict = {"about": describe_model(model_dir, model.card)} if json or dicom else {}
+    wanted: list[tuple[str, Writer]] = [
+        (html, partial(write_study_page, folder=html, show_uids=show_uids)),
+        (json, partial(write_answer, folder=json, **about)),
+        (dicom, partial(write_objects, folder=dicom, **about)),
+    ]
+    return [writer for folder, writer in wanted if folder]
+
+# %% ../nbs/36_deliver.ipynb #36-027
 @call_parse
 def ich_predict(
     model: str,  # model/ folder of a run
@@ -241,13 +260,7 @@ def ich_predict(
     begun |= {"--show-uids": show_uids}
     with hold_folders(html, json, dicom), explain_stop(tables := Tables(paths[:3], begun, resume)):
         loaded, wanted = load_model(model, device or None), read_sample(submission) if submission else None
-        writers: list[Writer] = []
-        if html:
-            writers.append(partial(write_study_page, folder=html, show_uids=show_uids))
-        if json:
-            writers.append(partial(write_answer, folder=json, about=describe_model(model, loaded.card)))
-        if dicom:
-            writers.append(partial(write_objects, folder=dicom, about=describe_model(model, loaded.card)))
+        writers = choose_writers(model, loaded, html, json, dicom, show_uids)
         n = predict_files(loaded, inputs, tables, writers, series=series, all_series=all_series)
         for what, folder in (("page", html), ("JSON file", json), ("report and picture", dicom)):
             print(f"{n:,} {what}{'s' * (n != 1)} in {folder}.\n" * bool(folder), end="")
