@@ -112,8 +112,10 @@ TEXT += ("SeriesDescription", "ConvolutionKernel", "ContrastBolusAgent", "Rescal
 TEXT += ("PatientPosition", "AcquisitionNumber", "TemporalPositionIdentifier", "AcquisitionTime", "ContentTime")
 TEXT += ("ManufacturerModelName",)
 WHOSE: tuple[str, ...] = ("PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID")
-WHOSE += ("AccessionNumber", "ReferringPhysicianName")  # for DICOM objects alone (notebook 33): no table has them
-TEXT += WHOSE
+WHOSE += (
+    "AccessionNumber",
+    "ReferringPhysicianName",
+)  # for DICOM objects alone: notebook 33 reads them, no table has them
 NUMBERS: tuple[str, ...] = (
     "ImagePositionPatient",
     "ImageOrientationPatient",

@@ -22,7 +22,7 @@ from fastcore.script import call_parse
 from .core import InputError, write_file
 from .labels import LABELS
 from .model import Model, load_model
-from .deliver import describe_model
+from .answer import describe_model
 
 # %% ../nbs/37_onnx.ipynb #37-008
 class Shrink(torch.nn.Module):

@@ -324,6 +324,8 @@ def read_together(
     if recurrent and table["fold"].nunique() > 1:
         raise InputError(f"recurrent={recurrent}: reads the features of one network; hold out one fold, or set it to 0")
     card.pop("recurrent", None)
+    save_table(table, run_dir / "predictions.parquet")
+    save_json(card, run_dir / "model" / "model.json", checked=True)  # without a network before that goes
     (run_dir / "model" / "recurrent.safetensors").unlink(missing_ok=True)
     if recurrent:
         from safetensors.torch import save_file
@@ -333,8 +335,8 @@ def read_together(
         features = see_features(model, rows, stage_file(run_dir, "cache"))
         table, network, card["recurrent"] = add_recurrent(table, features, recurrent, seed)
         write_checked(run_dir / "model" / "recurrent.safetensors", lambda p: save_file(network.state_dict(), p, MARKED))
-    save_table(table, run_dir / "predictions.parquet")
-    save_json(card, run_dir / "model" / "model.json", checked=True)
+        save_table(table, run_dir / "predictions.parquet")
+        save_json(card, run_dir / "model" / "model.json", checked=True)
     return table
 
 # %% ../nbs/13_sequence.ipynb #13-050

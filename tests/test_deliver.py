@@ -187,9 +187,11 @@ def test_rsna_files_give_valid_identifiers(phantom):
     ],
 )
 def test_what_an_attribute_may_not_hold_is_left_empty(keyword, value, expected):
-    ids = dict.fromkeys((*WHOSE, "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"), "")
-    image = ids | {"SOPClassUID": "", "study": "s", "series": 0, "file": "f", "frame": 0, keyword: value}
-    stand = stand_for(SimpleNamespace(**image))
+    image = dict.fromkeys(("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"), "")
+    image |= {"study": "s", "series": 0, "file": "f", "frame": 0}
+    whose = dict.fromkeys(WHOSE, "")
+    (whose if keyword in whose else image)[keyword] = value
+    stand = stand_for(SimpleNamespace(**image), whose)
     assert stand[keyword].value == expected
     assert all(pydicom.uid.UID(uid).is_valid for uid in all_values(stand, "UI"))
 

@@ -218,7 +218,9 @@ def test_without_a_recurrent_network_nothing_of_it_stays(read_run, tmp_path):
     assert "recurrent" not in read_stage(run_dir, "model/model.json") and not load_model(run_dir / "model").recurrent
 
 
-@pytest.mark.parametrize("units, why", [(-1, "must be units"), (True, "must be units"), (8, "hold out one fold")])
+@pytest.mark.parametrize(
+    "units, why", [(-1, "must be 0 to 1024"), (True, "must be 0 to 1024"), (8, "hold out one fold")]
+)
 def test_a_recurrent_network_that_cannot_be_is_one_line(stage, units, why):
     with pytest.raises(InputError, match=f"recurrent={units}: .*{why}") as error:
         read_together(stage, 0.33, units)
