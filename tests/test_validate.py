@@ -46,10 +46,15 @@ def model_dir(simulated_run, write_predictions):
 class Sides(torch.nn.Module):
     "Logits of a slice that tell left from right, front from back, and slices from each other."
 
+    def __init__(self):
+        super().__init__()
+        self.last = torch.nn.Linear(6, 6, bias=False)  # a network has one; this one changes nothing
+        torch.nn.init.eye_(self.last.weight)
+
     def forward(self, x):
         upper, lower = (part.mean((1, 2, 3)) for part in x.chunk(2, dim=2))
         left, right = (part.mean((1, 2, 3)) for part in x.chunk(2, dim=3))
-        return torch.stack([left, right, upper, lower, left - right, x.std((1, 2, 3))], 1)
+        return self.last(torch.stack([left, right, upper, lower, left - right, x.std((1, 2, 3))], 1))
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "phe_sich"])
