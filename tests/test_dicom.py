@@ -1,5 +1,6 @@
 """`read_slice` against independent decoders, in every encoding, and on broken bytes."""
 
+import base64
 import io
 import os
 import warnings
@@ -107,6 +108,27 @@ JPEG = {  # GDCM's name: pydicom's
     "JPEG2000Lossless": "JPEG2000Lossless",
 }
 LOSSY = {"JPEGLSNearLossless": "JPEGLSNearLossless", "JPEG2000": "JPEG2000", "JPEGBaselineProcess1": "JPEGBaseline8Bit"}
+
+
+RAMP = np.add.outer(17 * np.arange(64), 23 * np.arange(64)).astype(np.uint16)
+HTJ2K = (  # RAMP as a High-Throughput JPEG 2000 codestream, by imagecodecs 2026.3.6 (OpenJPH), base 85
+    "|4;u>04YEK0000$0000$00000000000000$0000$0000000000009pH0sl|{2mk^A000XAQUDA90ssL31q1{@0smY86Cj9?kdTm&"
+    "kdTm&kdTmwh=~7W02crOPjF>!N>E53R%LP^FfKASE;BCwkN^q*00001ApimYlfVEg0RMj@`)&D=^a6pj0KfnfzyK3~NRj>m0(1au"
+    "viSgmQ~<yL6)*q=SfZk$qN;I%bpSSPY;69(F@fy10Kfnh@Bjs*P$(1%g+ig{%6fWn0(bzL8jVJy(P;kth(LSxApz{V0Kfni%m4v&"
+    "0H$f0rfHg{X_}^Kn)&|<dU|?#dU|kzeE>>DQ4~c{6h%=KMN$6$cwj;YzhMX-{e&QU_7H*WvjM;WE~)?lcL0nr#u#IaF~%5Uj4{R-"
+    "V~jDz7-Rmw{0e${dU|?#dU|?#dU|?#Z~}G#AOHXW00000000000000000000{{Mg5000NSU;rNdfB<{;00HmV00+Nd03Q8-"
+    "0DJZT0qnB^|Je"
+)
+
+
+@pytest.mark.parametrize("syntax", ["HTJ2KLossless", "HTJ2KLosslessRPCL", "HTJ2K"])
+def test_high_throughput_jpeg_2000_gives_the_very_values(syntax):
+    ds = make_dataset(RAMP)
+    ds.file_meta.TransferSyntaxUID = getattr(uid, syntax)
+    ds.PixelData = pydicom.encaps.encapsulate([base64.b85decode(HTJ2K)])
+    ds["PixelData"].VR = "OB"
+    hu, _ = read_slice(to_bytes(ds))
+    np.testing.assert_array_equal(hu, RAMP.astype(int) + int(ds.RescaleIntercept))
 
 
 @pytest.mark.parametrize("signed", [False, True])
