@@ -383,8 +383,9 @@ def forget_codecs(dataset):  # of pydicom, just read; the same dataset
     "The dataset, to be read by the character sets that DICOM lists (PS3.3, C.12.1.1.2), or by the default."
     from pydicom.charset import python_encoding
 
-    named = dataset.original_character_set
-    if any(name not in python_encoding and not re.match("ISO[ _-](IR|2022)", name) for name in np.atleast_1d(named)):
+    named = dataset.get("SpecificCharacterSet") or ""
+    names = [named] if isinstance(named, str) else list(named)
+    if any(name not in python_encoding and not re.match("ISO[ _-](IR|2022)", name) for name in names):
         dataset.set_original_encoding(*dataset.original_encoding, "ISO_IR 6")
     return dataset
 

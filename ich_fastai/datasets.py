@@ -14,7 +14,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +26,10 @@ from .labels import LABELS, SUBTYPES, find_dataset, read_labels
 from .cache import Decoder
 from .geometry import Geometry
 from .external import PICTURE_SETS, read_picture_labels
-from .volumes import Volume, find_volumes, read_nifti, read_pictures
+from .volumes import Volume, find_volumes, import_nibabel, read_nifti, read_pictures
 from .images import list_sources, read_images
-from .series import Stack, choose_series, group_series, look_at, read_series, stack_slices, tabulate_series
+from .series import Stack, look_at, read_series, stack_slices, survey_study
+from .predict import SERIES_COLUMNS
 
 # %% ../nbs/38_datasets.ipynb #38-006
 def read_datasets(
@@ -54,9 +55,10 @@ def check_independent(
 ) -> None:
     "Raise `InputError` where the model may have been trained on the dataset's patients."
     trained_on = card.get("trained_on", "")
-    if facts["independent"] == "no" and trained_on in ("", "rsna"):
+    same = trained_on == facts.name != "folder"  # whose name says nothing of the patients
+    if same or (facts["independent"] == "no" and trained_on in ("", "rsna")):
         how = f"was trained on {trained_on}" if trained_on else "does not say what it was trained on"
-        why = facts["note"] or "22_evaluate reports on its held-out patients"
+        why = (not same and facts["note"]) or "22_evaluate reports on its held-out patients"
         raise InputError(f"{facts.name}: refused: the model {how}; {why}")
 
 # %% ../nbs/38_datasets.ipynb #38-011
@@ -71,6 +73,7 @@ class Dataset:
     reader: Callable[[str, int, Geometry | None], tuple[Stack, pd.DataFrame]]  # of a study: its stack and series
     reasons: dict[str, str] = field(default_factory=dict)  # study: why it cannot be used; grows as studies are read
     series: dict[str, pd.DataFrame] = field(default_factory=dict)  # study: its series and which was chosen; likewise
+    folder: Path = Path()  # where it lies
     boxes: pd.DataFrame | None = None  # of hemorrhages, where known: SOPInstanceUID, label, x, y, width, height in px
 
     def read(
@@ -99,16 +102,15 @@ def read_dicom(
     "The series of a study that should be read. Raises `InputError` with the reasons where there is none."
     with tempfile.TemporaryDirectory() as scratch:
         images = read_images(list_sources(files[study], scratch), scratch).assign(study=study)
-        images["series"] = group_series(images)
-        table = choose_series(tabulate_series(images), geometry)
-        if not table["used"].any():
-            why = (table["description"] + ": " + table["reason"]).str.removeprefix(": ")
-            raise InputError(f"no usable series: {'; '.join(why.head(4))}")
-        row = next(table[table["used"]].itertuples())
         with Decoder() as decoder:
+            images, table = survey_study(images, geometry, decoder=decoder)
+            if not table["used"].any():
+                why = (table["description"] + ": " + table["reason"]).str.removeprefix(": ")
+                raise InputError(f"no usable series: {'; '.join(why.head(4))}")
+            row = next(table[table["used"]].itertuples())
             stack = read_series(images.loc[row.images], row, size, geometry, decoder)
     errors = {images.at[i, "SOPInstanceUID"]: why for i, why in stack.errors.items()}
-    return stack._replace(errors=errors), table.drop(columns=["images", "ordered"], errors="ignore")
+    return stack._replace(errors=errors), table.reindex(columns=[*SERIES_COLUMNS, "scanner"])  # nobody's name
 
 # %% ../nbs/38_datasets.ipynb #38-016
 def read_csv(
@@ -321,11 +323,10 @@ def read_numbered(
 # %% ../nbs/38_datasets.ipynb #38-036
 def open_volumes(files: dict[str, list[Path]], labels: pd.DataFrame, csv: Path, facts: pd.Series) -> Dataset:
     "Volumes with a label per slice; a study is a patient."
+    import_nibabel()  # one message, not one of each study
     studies, reasons = join_files(labels, files, csv)
-    labels = labels.assign(PatientID=labels["study"])
-    return Dataset(
-        facts, "slice", labels, studies, partial(stack_volume, partial(read_numbered, files, labels)), reasons
-    )
+    reader = partial(stack_volume, partial(read_numbered, files, labels))
+    return Dataset(facts, "slice", labels.assign(PatientID=labels["study"]), studies, reader, reasons)
 
 # %% ../nbs/38_datasets.ipynb #38-037
 def open_ct_ich(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
@@ -368,9 +369,8 @@ def open_pictures(name: str, folder: Path, csv: Path | None, facts: pd.Series) -
     files = {patient: [home] for patient in rows.loc[rows.index.isin(there), "PatientID"].unique()}
     labels = rows.drop(columns=[*unknown, "number"]).assign(study=rows["PatientID"])
     studies, reasons = join_files(labels, files, csv)
-    return Dataset(
-        facts, "slice", labels, studies, partial(stack_volume, partial(read_pictures, home, rows, about)), reasons
-    )
+    reader = partial(stack_volume, partial(read_pictures, home, rows, about))
+    return Dataset(facts, "slice", labels, studies, reader, reasons)
 
 # %% ../nbs/38_datasets.ipynb #38-043
 ADAPTERS = {"rsna": open_rsna, "cq500": open_cq500, "ct_ich": open_ct_ich, "instance2022": open_instance}
@@ -386,4 +386,5 @@ def open_dataset(
     facts = find_facts(name)
     if name not in ADAPTERS:
         raise InputError(f"{name}: known, but not read: {facts['note']}; there are {', '.join(ADAPTERS)}")
-    return ADAPTERS[name](find_folder(folder, name), Path(labels) if labels else None, facts)
+    opened = ADAPTERS[name](find_folder(folder, name), Path(labels) if labels else None, facts)
+    return replace(opened, folder=Path(folder).resolve())

@@ -233,5 +233,6 @@ def frame_heads(
     save_settings(out_dir / "cache", size)
     for number, pixels in shards.items():
         write_file(shard_paths(out_dir / "cache", number)[0], lambda p, pixels=pixels: np.save(p, pixels))
-    for name in ("labels.parquet", "slices.parquet", "cohort.parquet"):
+    names = ("labels.parquet", "slices.parquet", "cohort.parquet", "dataset.json")  # the last: whose pictures
+    for name in (name for name in names if (run_dir / name).is_file()):
         write_file(out_dir / name, lambda p, name=name: p.write_bytes((run_dir / name).read_bytes()))

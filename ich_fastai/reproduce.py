@@ -111,7 +111,7 @@ def _coerce(name: str, value, kind: str):
     if kind == "float" and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if kind == "str" and value is None:  # YAML's reading of nothing
         return ""

@@ -296,7 +296,9 @@ def position_table(
     n_boot: int = 1000,
     seed: int = 42,
 ) -> pd.DataFrame:  # score, pairs, value, low, high, note, n, n_positive, n_patients
-    "AUC of `any` over all pairs of slices and over those at the same position, for the model and for position alone."
+    "AUC of `any` over all pairs of slices and those at one position, for the model and position; needs its labels."
+    if "any" not in judged.known:
+        return pd.DataFrame()
     d, rows = judged.levels[DELIVERED], judged.rows
     order = rows.groupby("study").cumcount()
     height = ((order + 0.5) / rows.groupby("study")["study"].transform("size")).to_numpy()
@@ -318,14 +320,14 @@ def find_mistakes(
     judged: Judged,
     n: int = 3,  # of each kind
 ) -> pd.DataFrame:  # kind, name (of the slice or study), study, p, called
-    "The largest probabilities of `any` among those without, the smallest among those with hemorrhage."
-    d, rows = judged.levels[DELIVERED], judged.rows
+    "The largest probabilities of `any` among those without, the smallest among those with; none without its labels."
+    d, rows, known = judged.levels[DELIVERED], judged.rows, "any" in judged.known
     table = pd.DataFrame({"name": rows.index, "study": rows["study"].to_numpy(), "patient": d.patients})
     table["p"], y, cut = d.calibrated[:, -1], d.y[:, -1], d.threshold[:, -1]
     table["called"] = np.where(np.isnan(cut), "no threshold", np.where(table["p"] >= cut, "present", "not"))
     found = []
     for kind, of, up in (("false alarm", y == 0, False), ("missed", y == 1, True)):
-        worst = table[of].sort_values(["p", "name"], ascending=[up, True]).drop_duplicates("patient").head(n)
+        worst = table[of & known].sort_values(["p", "name"], ascending=[up, True]).drop_duplicates("patient").head(n)
         found.append(worst.assign(kind=kind))
     return pd.concat(found, ignore_index=True)[["kind", "name", "study", "p", "called"]]
 

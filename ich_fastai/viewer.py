@@ -228,7 +228,10 @@ def describe_study(
 ) -> dict:
     "What the page's script must know beside the pixels."
     rows, series = _answers(slices), pd.factorize(slices["SeriesInstanceUID"])[0]
-    y = None if truth is None else truth[list(LABELS)].reindex(slices["SOPInstanceUID"]).eq(1).to_numpy().tolist()
+    y: list | None = None
+    if truth is not None:
+        known = truth.reindex(index=slices["SOPInstanceUID"], columns=LABELS)
+        y = known.eq(1).astype(object).where(known.notna(), None).to_numpy().tolist()  # null where it is not known
     for i, (row, z) in enumerate(zip(rows, slices["z_mm"].astype(float), strict=True)):
         row |= {"z": round(z, 2) if np.isfinite(z) else None, "series": int(series[i]) + 1, "truth": y and y[i]}
         row |= {"file": str(slices["file"].iloc[i])} if show_uids else {}

@@ -25,7 +25,8 @@ from ich_fastai.labels import find_dataset
 from ich_fastai.model import load_model
 from ich_fastai.phantom import make_phantom, read_mask
 from ich_fastai.report import sum_written, write_report
-from ich_fastai.reproduce import copy_outputs, print_headline
+from ich_fastai.outputs import copy_outputs
+from ich_fastai.reproduce import print_headline
 from ich_fastai.sequence import read_together
 from ich_fastai.tiny import tiny_phantom
 

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from ich_fastai.calibrate import Fitted, calibrate, conformal_bound, correct_for_sampling, correct_logits, cross_fit
 from ich_fastai.calibrate import fit_decisions, fit_platt, order_logits, pool_slices, score_levels, slice_lengths
 from ich_fastai.calibrate import split_patients
-from ich_fastai.core import InputError
+from ich_fastai.core import InputError, save_json
 from ich_fastai.evaluate import evaluate, headline_table, level_metrics, read_predictions
 from ich_fastai.labels import LABELS, LOGITS, read_labels
 from ich_fastai.metrics import METRICS, RANKS, SAME, Estimate, draw_patients, find_estimate, fit_logistic, label_metrics
@@ -448,7 +448,7 @@ def test_a_model_of_several_networks_is_fitted_on_all_their_folds_and_says_what_
     path = run_dir / "model" / "model.json"
     card = json.loads(path.read_text())
     card["training"]["folds"][1]["keep_rate"] = 0.1  # the other's is 0.4
-    path.write_text(json.dumps(card | {"networks": ["weights.safetensors", "weights-2.safetensors"]}))
+    save_json(card | {"networks": ["weights.safetensors", "weights-2.safetensors"]}, path, checked=True)
     evaluate(run_dir, None, n_boot=20)
     corrections = json.loads(path.read_text())["corrections"]
     assert corrections["fitted_on"] == {"slices": len(rows), "patients": rows["PatientID"].nunique(), "networks": 2}

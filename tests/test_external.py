@@ -142,6 +142,7 @@ def test_heads_of_one_size(slices, picture_set, tmp_path):
         cv2.imwrite(path, np.pad(cv2.imread(path, cv2.IMREAD_UNCHANGED), ((200, 56), (40, 216))))
     import_pictures(picture_set, tmp_path / "run", PictureSet(BRAIN, turns=1), n_folds=2)
     frame_heads(tmp_path / "run", tmp_path / "framed")
+    assert read_stage(tmp_path / "framed", "dataset.json") == read_stage(tmp_path / "run", "dataset.json")
     boxes = {}
     for name in ("run", "framed"):
         cohort, cache = read_stage(tmp_path / name, "cohort.parquet"), Cache(tmp_path / name / "cache")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from onnxruntime import InferenceSession
+from safetensors.torch import save_file
 
 from ich_fastai.batches import Settings, named_windows
 from ich_fastai.bleeding import draw_bleed
@@ -23,8 +24,8 @@ def make_folder(folder, arch, cache=128, **about):
     "A model folder of an untrained network with a calibration, and its thresholds."
     torch.manual_seed(0)
     settings = Settings(arch=arch, image_size=64, windows=named_windows(["brain", "stroke"]), neighbors=1)
-    geometry = {"field_mm": [220.0, 240.0, 264.0], "spacing_mm": [4.0, 5.0, 6.0]}
-    card = make_card(settings, cache, [{"fold": 0, "slices": 9, "positives": 4, "keep_rate": 0.4}], geometry)
+    data = {"geometry": {"field_mm": [220.0, 240.0, 264.0], "spacing_mm": [4.0, 5.0, 6.0]}}
+    card = make_card(settings, cache, [{"fold": 0, "slices": 9, "positives": 4, "keep_rate": 0.4}], data)
     fit = {label: {"slope": 0.8 + k / 9, "intercept": k / 9 - 0.3} for k, label in enumerate(LABELS)}
     card["corrections"] = {"keep_rate": 0.4, "calibration": fit}
     save_model(build_model(arch, settings.n_in, image_size=64), card | {"smooth": 1 / 3} | about, folder)
@@ -54,6 +55,7 @@ def test_the_file_says_what_torch_says(tmp_path, capsys):  # notebook 37 tries a
 def test_what_it_cannot_hold_is_refused(tmp_path, monkeypatch):
     series = make_folder(tmp_path / "series", "resnet10t", recurrent={"units": 8})
     large, good = make_folder(tmp_path / "large", "resnet10t", 32), make_folder(tmp_path / "good", "resnet10t")
+    save_file({"say.1.bias": torch.zeros(6)}, series / "recurrent.safetensors")
     for folder, name, why in (
         (series, "a.onnx", "recurrent network"),
         (large, "a.onnx", "image_size is above the cache's"),

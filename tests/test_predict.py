@@ -18,7 +18,8 @@ from ich_fastai.exports import write_export
 from ich_fastai.head import draw_head, make_rng
 from ich_fastai.labels import find_dataset
 from ich_fastai.cohort import measure_geometry
-from ich_fastai.predict import CALLS, SETS, decide, predict_logits, predict_study, summarize_studies
+from ich_fastai.model import predict_logits
+from ich_fastai.predict import CALLS, SETS, decide, predict_study, summarize_studies
 from ich_fastai.tables import make_harmless, make_submission, read_sample
 from ich_fastai.tiny import tiny_phantom
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from zlib import crc32
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from ich_fastai.tiny import tiny_cohort
 from ich_fastai.arms import read_arms, train_arms
 from ich_fastai.batches import Settings, SliceBatches, named_windows, slice_loaders
 from ich_fastai.cohort import training_rows
-from ich_fastai.core import InputError, read_stage
+from ich_fastai.core import InputError, read_stage, save_table
 from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.metrics import weighted_log_loss
 from ich_fastai.reproduce import STAGES, check_parameters, declared_parameters, read_preset
@@ -112,6 +113,9 @@ def test_nothing_of_the_held_out_fold_reaches_the_weights(cohort, tmp_path):
         pixels = np.load(path)
         pixels[rows["row"]] = 3000 - pixels[rows["row"]]
         np.save(path, pixels)
+        table = pd.read_parquet(path.with_suffix(".parquet"))
+        table["crc32"] = [crc32(pixels[row].data) if row >= 0 else None for row in table["row"].fillna(-1).astype(int)]
+        save_table(table, path.with_suffix(".parquet"))
     tables = [fit(run_dir, QUICK) for run_dir in runs]
     assert same_weights(*runs)
     cards = [read_stage(run_dir, "model/model.json") for run_dir in runs]
