@@ -22,7 +22,8 @@ from .phantom import is_phantom, read_mask
 from .cache import Cache
 from .cohort import input_addresses
 from .model import load_model
-from .sequence import predict_series, read_unseen
+from .sequence import read_unseen
+from .recurrent import predict_series
 from .metrics import ESTIMATE, Estimate, draw_patients, metric_rows, rank_metrics
 from .calibrate import order_logits, to_logits
 

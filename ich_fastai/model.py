@@ -264,7 +264,7 @@ class Model(NamedTuple):
     settings: Settings
     card: dict  # model.json
     device: torch.device  # where it runs
-    recurrent: dict[str, torch.Tensor] = {}  # weights of notebook 13's network; none where each slice is read alone
+    recurrent: dict[str, torch.Tensor] = {}  # weights of notebook 17's network; none without one
 
 # %% ../nbs/11_model.ipynb #11-043
 class Average(torch.nn.Module):

@@ -21,7 +21,8 @@ from .core import InputError, data_note, read_stage, save_captioned, save_table
 from .labels import LABELS, LABEL_COLORS, LOGITS, find_dataset
 from .cache import Decoder
 from .model import Model, load_model
-from .sequence import predict_series, read_unseen
+from .sequence import read_unseen
+from .recurrent import predict_series
 from .geometry import find_geometry
 from .images import OTHER
 from .series import Stack, Survey, read_series, show_text, survey_files
@@ -51,7 +52,7 @@ def score_stack(
     stack: Stack,  # of `read_series`
     z_mm: pd.Series,  # (m,) mm, of its slices or slabs
 ) -> np.ndarray:  # (m, 6) float64 logits
-    "The logits of a series, each slice read with those beside it where an order is known (notebook 13)."
+    "The logits of a series, each slice read with those beside it where an order is known (notebooks 13 and 17)."
     inputs = find_inputs(len(stack.hu), model.settings.neighbors, stack.step)
     z_mm = z_mm if stack.step else np.full(len(inputs), np.nan)
     return predict_series(model, stack.hu, inputs, np.zeros(len(inputs)), z_mm)

@@ -38,7 +38,7 @@ from .report import SYNTHETIC, date_files, read_manifest, sum_written, write_rep
 # %% ../nbs/42_reproduce.ipynb #42-006
 STAGES = (
     *("01_labels", "02_dicom", "08_ingest", "09_cohort"),
-    *("10_batches", "12_train", "13_sequence"),
+    *("10_batches", "12_train", "13_sequence", "17_recurrent"),
     *("22_evaluate", "23_controls", "24_explain", "25_imbalance"),
     *("31_predict", "32_viewer", "40_paper"),
 )

@@ -34,6 +34,7 @@ from ich_fastai.ingest import ingest
 from ich_fastai.dicom import draw_figure_1
 from ich_fastai.labels import read_labels, tabulate_labels, undersample
 from ich_fastai.phantom import make_phantom
+from ich_fastai.recurrent import add_network
 from ich_fastai.reproduce import PHANTOM_PARAMETERS, STAGES, check_network, check_parameters, declared_parameters
 from ich_fastai.reproduce import parse_settings, run_notebook
 from ich_fastai.sequence import read_together
@@ -170,6 +171,7 @@ STAGE_CALLS = {  # each stage from Python, on a folder that is not there: a wron
     "make_cohort": (make_cohort, {"run_dir": "nowhere"}),
     "fit": (fit, {"run_dir": "nowhere", "settings": Settings()}),
     "read_together": (read_together, {"run_dir": "nowhere"}),
+    "add_network": (add_network, {"run_dir": "nowhere"}),
     "train_arms": (train_arms, {"run_dir": "nowhere", "arms": ["none+none"]}),
     "evaluate": (evaluate, {"run_dir": "nowhere"}),
     "controls": (controls, {"run_dir": "nowhere"}),

@@ -18,8 +18,8 @@ from ich_fastai.imbalance import compare_arms
 from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.model import load_model, predict_logits
 from ich_fastai.predict import find_inputs, score_stack
-from ich_fastai.sequence import ADDED, SeriesNetwork, cross_fit_series, make_scans, masked_loss, read_together
-from ich_fastai.sequence import read_unseen, run_network, series_logits, smooth_logits
+from ich_fastai.recurrent import SeriesNetwork, add_network, cross_fit_series, make_scans, masked_loss, run_network
+from ich_fastai.sequence import ADDED, read_together, read_unseen, series_logits, smooth_logits
 from ich_fastai.tiny import tiny_cohort
 
 
@@ -157,7 +157,8 @@ def read_run(tmp_path_factory, write_predictions):
     with torch.no_grad():
         table[LOGITS] = torch.cat([model.network(x) for x, _ in batches]).numpy()
     table.to_parquet(run_dir / "predictions.parquet")
-    return run_dir, read_together(run_dir, 0.33, 8)
+    read_together(run_dir, 0.33)
+    return run_dir, add_network(run_dir, 8)
 
 
 def make_some_scans(n_features=5):
@@ -210,12 +211,23 @@ def test_what_is_calibrated_on_has_not_been_seen_by_either_network(read_run):
     assert np.array_equal(level.fold, 1000 * read_run[1]["part"])
 
 
-def test_without_a_recurrent_network_nothing_of_it_stays(read_run, tmp_path):
+@pytest.mark.parametrize("read_with", [lambda run_dir: read_together(run_dir, 0.33), add_network], ids=["13", "17"])
+def test_without_a_recurrent_network_nothing_of_it_stays(read_run, tmp_path, read_with):
     run_dir = tmp_path / "run"
     shutil.copytree(read_run[0], run_dir)
-    table = read_together(run_dir, 0.33)
+    read_with(run_dir)
+    table, card = read_stage(run_dir, "predictions.parquet"), read_stage(run_dir, "model/model.json")
     assert not {"part", *ADDED} & set(table) and not (run_dir / "model" / "recurrent.safetensors").exists()
-    assert "recurrent" not in read_stage(run_dir, "model/model.json") and not load_model(run_dir / "model").recurrent
+    assert "recurrent" not in card and card["smooth"] == 0.33 and set(table["smooth"]) == {0.33}
+    assert not load_model(run_dir / "model").recurrent
+
+
+def test_a_recurrent_network_is_fitted_again_as_at_first_and_an_earlier_one_goes(read_run, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(read_run[0], run_dir)
+    assert add_network(run_dir, 8).equals(read_run[1]), "not on top of what the first one added"
+    again, first = (load_model(folder / "model", "cpu") for folder in (run_dir, read_run[0]))
+    assert again.card == first.card and all(torch.equal(again.recurrent[k], w) for k, w in first.recurrent.items())
 
 
 @pytest.mark.parametrize(
@@ -223,5 +235,5 @@ def test_without_a_recurrent_network_nothing_of_it_stays(read_run, tmp_path):
 )
 def test_a_recurrent_network_that_cannot_be_is_one_line(stage, units, why):
     with pytest.raises(InputError, match=f"recurrent={units}: .*{why}") as error:
-        read_together(stage, 0.33, units)
+        add_network(stage, units)
     assert "\n" not in str(error.value)
