@@ -136,7 +136,7 @@ def test_from_refuses_parameters_that_would_not_be_those_of_the_kept_notebooks(t
             ["--preset", "tiny", "--set", "run_dir=elsewhere"],
             "parameter run_dir: the run sets it; use --data and --out",
         ),
-        (["--preset", "tiny", "--from", "17"], "no such stage"),
+        (["--preset", "tiny", "--from", "99"], "no such stage"),
         (["--preset", "tiny", "--from", "10", "--until", "08"], "comes after"),
         (["--preset", "paper"], "--data"),
         (["--preset", "paper", "--data", "nowhere"], "nowhere: no such folder"),
