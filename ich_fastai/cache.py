@@ -301,7 +301,7 @@ def _write_pixels(path: Path, files, size: int, rows: list, tick) -> None:
             tick(row.get("bytes", 0))
         _write_header(f, n, size)
 
-# %% ../nbs/07_cache.ipynb #07-049
+# %% ../nbs/07_cache.ipynb #07-050
 def write_shard(
     files: list[str],  # at most SHARD_ROWS paths in `dicom_dir`
     cache_dir: str | Path,
@@ -323,7 +323,7 @@ def write_shard(
         cv2.setNumThreads(threads)
     return table.select(["file", "bytes", "error"]).to_pandas()
 
-# %% ../nbs/07_cache.ipynb #07-053
+# %% ../nbs/07_cache.ipynb #07-054
 TRANSIENT = ("not decoded", "cannot be read")  # kinds of error that may be gone the next time
 
 
@@ -342,19 +342,19 @@ def read_shard(
         return None
     return rows if right and not rows["error"].str.startswith(TRANSIENT).any() else None
 
-# %% ../nbs/07_cache.ipynb #07-056
+# %% ../nbs/07_cache.ipynb #07-057
 def save_settings(cache_dir: str | Path, size: int) -> None:  # px, side of the cached slices
     "Write `cache.json`: what every reader of the cache must know."
     about = {"size": size, "dtype": "int16", "unit": "HU", "shard_rows": SHARD_ROWS, "resize": "area; linear upward"}
     save_json(about, Path(cache_dir) / "cache.json", checked=True)
 
-# %% ../nbs/07_cache.ipynb #07-057
+# %% ../nbs/07_cache.ipynb #07-058
 def read_size(cache_dir: str | Path) -> int:  # px, side of the cached slices
     "What `cache.json` says. Raises `InputError` where it cannot be read."
     path = Path(cache_dir) / "cache.json"
     return read_run_file(path, lambda f: int(json.load(f)["size"]), f"delete {cache_dir}, run notebook 08_ingest again")
 
-# %% ../nbs/07_cache.ipynb #07-060
+# %% ../nbs/07_cache.ipynb #07-061
 class Cache:
     "The slices of the cache that `ingest` wrote, by address. Raises `InputError` when there is none."
 

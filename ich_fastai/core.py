@@ -165,7 +165,7 @@ def _read_object(file) -> dict:
 
 READERS: dict[str, Callable] = {".parquet": pd.read_parquet, ".csv": _read_text_table, ".json": _read_object}
 
-# %% ../nbs/00_core.ipynb #00-023
+# %% ../nbs/00_core.ipynb #00-024
 def read_run_file(
     path: str | Path,  # a file that this package wrote
     read: Callable | None = None,  # called with an open file of its bytes; by READERS where None
@@ -190,7 +190,7 @@ def read_run_file(
         pass
     raise InputError(f"{path}: {what}; {again or how_again(path)}")
 
-# %% ../nbs/00_core.ipynb #00-024
+# %% ../nbs/00_core.ipynb #00-025
 def stage_file(
     run_dir: str | Path,  # the run's folder
     name: str,  # of a file or folder in it
@@ -201,7 +201,7 @@ def stage_file(
         raise InputError(f"{path}: not there; {how_again(path)}")
     return path
 
-# %% ../nbs/00_core.ipynb #00-025
+# %% ../nbs/00_core.ipynb #00-026
 def read_stage(
     run_dir: str | Path,  # the run's folder
     name: str,  # of a file in it: .parquet, .csv or .json
@@ -209,7 +209,7 @@ def read_stage(
     "What an earlier notebook wrote. Raises `InputError` naming that notebook where the file is missing or damaged."
     return read_run_file(Path(run_dir) / name)
 
-# %% ../nbs/00_core.ipynb #00-028
+# %% ../nbs/00_core.ipynb #00-029
 MISSING = "–"
 
 
@@ -225,7 +225,7 @@ def format_number(
         return f"{value:.{digits}g}" if small else f"{value:,.{digits}f}"
     return f"{value:,}" if hasattr(value, "__index__") and not isinstance(value, bool) else str(value)
 
-# %% ../nbs/00_core.ipynb #00-030
+# %% ../nbs/00_core.ipynb #00-031
 def format_table(
     table: pd.DataFrame,
     digits: int = 3,  # after the point, of floats
@@ -233,10 +233,10 @@ def format_table(
     "The table for people, each cell by `format_number`."
     return table.astype(object).map(lambda v: format_number(v, digits))
 
-# %% ../nbs/00_core.ipynb #00-033
+# %% ../nbs/00_core.ipynb #00-034
 COLORS = ("#E69F00", "#D55E00", "#CC79A7", "#009E73", "#0072B2", "#000000")
 
-# %% ../nbs/00_core.ipynb #00-034
+# %% ../nbs/00_core.ipynb #00-035
 def set_style() -> None:
     "Set this project's one matplotlib style: plain, without chart junk."
     import matplotlib as mpl
@@ -252,7 +252,7 @@ def set_style() -> None:
         sizes | lines | figure | {"image.cmap": "gray", "legend.frameon": False, "svg.hashsalt": "ich_fastai"}
     )
 
-# %% ../nbs/00_core.ipynb #00-036
+# %% ../nbs/00_core.ipynb #00-037
 def save_figure(
     fig,  # a matplotlib Figure
     path: str | Path,  # .svg for plots, .png for CT images
@@ -262,14 +262,14 @@ def save_figure(
     options = {"bbox_inches": "tight", "dpi": 100} | ({"metadata": {"Date": None}} if suffix == ".svg" else {})
     return write_file(path, lambda p: fig.savefig(p, format=suffix[1:], **options))
 
-# %% ../nbs/00_core.ipynb #00-039
+# %% ../nbs/00_core.ipynb #00-040
 def data_note(
     data_dir: str | Path | None,  # the dataset's folder
 ) -> str:  # for titles; "" for real data
     "Says of a phantom that it is one."
     return "synthetic data" if data_dir and (Path(data_dir) / "phantom.json").is_file() else ""
 
-# %% ../nbs/00_core.ipynb #00-040
+# %% ../nbs/00_core.ipynb #00-041
 def save_captioned(
     figures: dict[str, tuple],  # file name: (matplotlib Figure, caption)
     run_dir: str | Path,  # the run's folder
@@ -286,7 +286,7 @@ def save_captioned(
         captions[name] = caption + (f" {note.capitalize()}." if note else "")
     save_table(pd.DataFrame({"figure": captions.keys(), "caption": captions.values()}), path)
 
-# %% ../nbs/00_core.ipynb #00-043
+# %% ../nbs/00_core.ipynb #00-044
 class Window(NamedTuple):
     "A display window."
 
@@ -296,7 +296,7 @@ class Window(NamedTuple):
 
 WINDOWS = {"brain": Window(40, 80), "subdural": Window(80, 200), "stroke": Window(40, 380), "bone": Window(600, 2800)}
 
-# %% ../nbs/00_core.ipynb #00-044
+# %% ../nbs/00_core.ipynb #00-045
 def window(
     hu: np.ndarray,  # any shape, HU
     window: str | Window | tuple,  # a name of WINDOWS, or (center, width) in HU
@@ -305,7 +305,7 @@ def window(
     center, width = WINDOWS[window] if isinstance(window, str) else window
     return np.clip((hu.astype(np.float32) - np.float32(center - width / 2)) / np.float32(width), 0, 1)
 
-# %% ../nbs/00_core.ipynb #00-046
+# %% ../nbs/00_core.ipynb #00-047
 def plot_row(
     pictures: dict[str, np.ndarray],  # title: (H, W); float32 is shown from 0 to 1, others from least to largest
     title: str = "",  # above the row
@@ -322,11 +322,11 @@ def plot_row(
     fig.suptitle(title)
     return fig
 
-# %% ../nbs/00_core.ipynb #00-049
+# %% ../nbs/00_core.ipynb #00-050
 class DicomError(ValueError):
     "A file that cannot be used. The message is `kind: details`; it becomes the `error` of the slice table."
 
-# %% ../nbs/00_core.ipynb #00-050
+# %% ../nbs/00_core.ipynb #00-051
 MAX_BYTES = 64 << 20  # of a file, also inflated: a slice of 4096 x 4096 px with 16 bits and its header fit in
 MAX_TEXT = 256  # characters of a text from a file; DICOM allows 64 in an identifier (PS3.5, 6.2)
 
@@ -352,13 +352,13 @@ def open_file(
             raise DicomError("not a file: a folder, pipe, socket or device") from e
         raise DicomError(f"cannot be read: {getattr(e, 'strerror', None) or e}") from e
 
-# %% ../nbs/00_core.ipynb #00-051
+# %% ../nbs/00_core.ipynb #00-052
 def read_file(path: str | Path) -> bytes:
     "A file's bytes. Raises `DicomError` as `open_file` does."
     with open_file(path) as (file, about):
         return b"".join(iter(lambda: file.read(about.st_size), b""))  # a network drive may give less than asked for
 
-# %% ../nbs/00_core.ipynb #00-054
+# %% ../nbs/00_core.ipynb #00-055
 def printable(
     text: str,  # perhaps with bytes that are not UTF-8, as Python keeps them in file names
 ) -> str:
@@ -369,7 +369,7 @@ def printable(
     text = shown.decode("utf-8", "backslashreplace") if shown else text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
-# %% ../nbs/00_core.ipynb #00-055
+# %% ../nbs/00_core.ipynb #00-056
 def shorten_id(
     text: str,  # an identifier from a file, of any length
     most: int = MAX_TEXT,  # characters
@@ -378,7 +378,7 @@ def shorten_id(
     text = printable(text)
     return text if len(text) <= most else f"{text[: most - 20]}...{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
-# %% ../nbs/00_core.ipynb #00-058
+# %% ../nbs/00_core.ipynb #00-059
 def forget_codecs(dataset):  # of pydicom, just read; the same dataset
     "The dataset, to be read by the character sets that DICOM lists (PS3.3, C.12.1.1.2), or by the default."
     from pydicom.charset import python_encoding
@@ -389,7 +389,7 @@ def forget_codecs(dataset):  # of pydicom, just read; the same dataset
         dataset.set_original_encoding(*dataset.original_encoding, "ISO_IR 6")
     return dataset
 
-# %% ../nbs/00_core.ipynb #00-061
+# %% ../nbs/00_core.ipynb #00-062
 def name_some(
     names: Iterable,  # of files or slices
     most: int = 5,

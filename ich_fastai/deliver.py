@@ -207,7 +207,7 @@ def hash_model(folder: str | Path) -> str:  # model/ of a run; hexadecimal
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
-# %% ../nbs/36_deliver.ipynb #36-023
+# %% ../nbs/36_deliver.ipynb #36-024
 @contextmanager
 def hold_folders(
     *folders: str,  # that are written; "" for none
@@ -218,7 +218,7 @@ def hold_folders(
             held.enter_context(hold_folder(folder))
         yield
 
-# %% ../nbs/36_deliver.ipynb #36-025
+# %% ../nbs/36_deliver.ipynb #36-026
 def choose_writers(
     model_dir: str | Path,  # model/ of a run
     model: Model,
@@ -236,7 +236,7 @@ def choose_writers(
     ]
     return [writer for folder, writer in wanted if folder]
 
-# %% ../nbs/36_deliver.ipynb #36-027
+# %% ../nbs/36_deliver.ipynb #36-028
 @call_parse
 def ich_predict(
     model: str,  # model/ folder of a run

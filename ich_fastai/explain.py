@@ -81,7 +81,7 @@ def slice_groups(
         groups[name] = Groups(pd.cut(np.asarray(values), edges, labels=names), name in ("subtypes", "bleeding area"))
     return groups
 
-# %% ../nbs/24_explain.ipynb #24-017
+# %% ../nbs/24_explain.ipynb #24-018
 def subgroup_table(
     d: Level,  # slices
     groups: dict[str, Groups],  # of `slice_groups`
@@ -102,7 +102,7 @@ def subgroup_table(
             rows += [{"group": name, "value_of": value} | row for row in of]
     return pd.DataFrame(rows)
 
-# %% ../nbs/24_explain.ipynb #24-020
+# %% ../nbs/24_explain.ipynb #24-021
 def plot_subgroups(
     table: pd.DataFrame,  # as `subgroup_table` gives it
     note: str = "",  # for the title, say "synthetic data"
@@ -127,7 +127,7 @@ def plot_subgroups(
     ax.set_title(f"Sensitivity by group{note and ', ' + note}")
     return fig
 
-# %% ../nbs/24_explain.ipynb #24-023
+# %% ../nbs/24_explain.ipynb #24-024
 def worst_mistakes(
     predictions: pd.DataFrame,  # as notebook 12 writes it
     d: Level,  # its slices
@@ -144,7 +144,7 @@ def worst_mistakes(
     worst["truth"] = [", ".join(s for s in SUBTYPES if r[s]) or "no hemorrhage" for r in worst.to_dict("records")]
     return worst[["SOPInstanceUID", "kind", "p", "truth", "mistakes", "among"]]
 
-# %% ../nbs/24_explain.ipynb #24-025
+# %% ../nbs/24_explain.ipynb #24-026
 def plot_mistakes(
     mistakes: pd.DataFrame,  # as `worst_mistakes` gives it
     cohort: pd.DataFrame,  # index SOPInstanceUID, with `address`
@@ -168,7 +168,7 @@ def plot_mistakes(
     fig.suptitle(f"The surest mistakes, brain window{note and ', ' + note}\n{'; '.join(says)}")
     return fig
 
-# %% ../nbs/24_explain.ipynb #24-028
+# %% ../nbs/24_explain.ipynb #24-029
 BRAIN_HU = 32.0  # between the phantom's white and gray matter (HU in 03_head)
 PAINTED_HU = (-20.0, 150.0)  # from the darkest fluid to the faintest bone
 
@@ -179,7 +179,7 @@ def paint_brain(
     "The slice with everything between air and bone painted as brain."
     return hu.masked_fill((hu > PAINTED_HU[0]) & (hu < PAINTED_HU[1]), BRAIN_HU)
 
-# %% ../nbs/24_explain.ipynb #24-031
+# %% ../nbs/24_explain.ipynb #24-032
 def integrated_gradients(
     network,  # torch module in evaluation mode, (n, c, H, W) to (n, 6) logits
     x,  # (n, c, H, W) tensor, the network's input
@@ -197,7 +197,7 @@ def integrated_gradients(
         slope += torch.autograd.grad(score, between)[0] / steps
     return ((x - base) * slope).sum(1).numpy(force=True)
 
-# %% ../nbs/24_explain.ipynb #24-034
+# %% ../nbs/24_explain.ipynb #24-035
 def smooth_map(
     added: np.ndarray,  # (n, H, W) of `integrated_gradients`
 ) -> np.ndarray:  # (n, H, W) float32, 0 to 1; all 0 where nothing speaks for the label
@@ -205,7 +205,7 @@ def smooth_map(
     blurred = np.stack([cv2.GaussianBlur(m, (0, 0), max(0.5, m.shape[-1] / 64)) for m in added]).clip(0)
     return blurred / np.maximum(blurred.max((1, 2), keepdims=True), 1e-12)
 
-# %% ../nbs/24_explain.ipynb #24-037
+# %% ../nbs/24_explain.ipynb #24-038
 def choose_slices(
     cohort: pd.DataFrame,  # cohort.parquet
     fold: int,  # the held-out fold
@@ -220,7 +220,7 @@ def choose_slices(
         chosen.append(part.iloc[middles.astype(int)].assign(label=label))
     return pd.concat(chosen)
 
-# %% ../nbs/24_explain.ipynb #24-039
+# %% ../nbs/24_explain.ipynb #24-040
 class Evidence(NamedTuple):
     "Slices, what the network looks at on them, and what it should look at."
 
@@ -230,7 +230,7 @@ class Evidence(NamedTuple):
     untrained: np.ndarray  # the same of a network with random weights, for comparison
     masks: list[np.ndarray] | None  # n of (H, W) bool, any size: the label's true bleeding; None: not known
 
-# %% ../nbs/24_explain.ipynb #24-040
+# %% ../nbs/24_explain.ipynb #24-041
 def find_evidence(
     run_dir: str | Path,  # of a run
     rows: pd.DataFrame,  # as `choose_slices` gives them
@@ -258,7 +258,7 @@ def find_evidence(
         masks = [(read_mask(data_dir, uid) >> SUBTYPES.index(label) & 1).astype(bool) for uid, label in pairs]
     return Evidence(rows, hu, np.concatenate(maps[0]), np.concatenate(maps[1]), masks)
 
-# %% ../nbs/24_explain.ipynb #24-043
+# %% ../nbs/24_explain.ipynb #24-044
 def brain_center(
     hu: np.ndarray,  # (H, W) HU
 ) -> tuple[float, float]:  # down, across, as shares of the image
@@ -267,7 +267,7 @@ def brain_center(
     down, across = (places.mean(axis=0) + 0.5) / hu.shape if len(places) else (0.5, 0.5)
     return float(down), float(across)
 
-# %% ../nbs/24_explain.ipynb #24-044
+# %% ../nbs/24_explain.ipynb #24-045
 def highest_point(
     values: np.ndarray,  # (H, W)
 ) -> tuple[float, float]:  # down, across, as shares of the image
@@ -275,7 +275,7 @@ def highest_point(
     down, across = divmod(int(values.argmax()), values.shape[1])
     return (down + 0.5) / values.shape[0], (across + 0.5) / values.shape[1]
 
-# %% ../nbs/24_explain.ipynb #24-046
+# %% ../nbs/24_explain.ipynb #24-047
 def densest_point(
     hu: np.ndarray,  # (H, W) int16 HU
 ) -> tuple[float, float]:  # down, across, as shares of the image
@@ -284,7 +284,7 @@ def densest_point(
     soft = (hu > 0) & (hu < 100) & (inside if inside.any() else True)
     return highest_point(cv2.GaussianBlur(np.where(soft, hu, 0).astype(np.float32), (0, 0), len(hu) / 64))
 
-# %% ../nbs/24_explain.ipynb #24-049
+# %% ../nbs/24_explain.ipynb #24-050
 def is_hit(
     point: tuple[float, float],  # down, across, as shares of the image
     mask: np.ndarray,  # (H, W) bool, any size
@@ -292,7 +292,7 @@ def is_hit(
     "Does the point lie in the mask?"
     return bool(mask[int(point[0] * mask.shape[0]), int(point[1] * mask.shape[1])])
 
-# %% ../nbs/24_explain.ipynb #24-051
+# %% ../nbs/24_explain.ipynb #24-052
 def mass_inside(
     values: np.ndarray,  # (H, W), 0 or more
     mask: np.ndarray,  # (H, W) bool, any size
@@ -301,7 +301,7 @@ def mass_inside(
     inside = cv2.resize(mask.astype(np.float32), values.shape[::-1], interpolation=cv2.INTER_AREA)
     return float((values * inside).sum() / max(values.sum(), 1e-12))
 
-# %% ../nbs/24_explain.ipynb #24-053
+# %% ../nbs/24_explain.ipynb #24-054
 MAP, UNTRAINED, RANDOM = "the map", "the map of an untrained network", "a random pixel of the brain"
 
 
@@ -328,7 +328,7 @@ def pointing_table(
             rows.append((label, measure, who, *share, of.sum(), len(set(patient))))
     return pd.DataFrame(rows, columns=["label", "measure", "who", *ESTIMATE, "n", "n_patients"])
 
-# %% ../nbs/24_explain.ipynb #24-056
+# %% ../nbs/24_explain.ipynb #24-057
 def pointing_words(
     table: pd.DataFrame | None,  # as `pointing_table` gives it; None: no masks
 ) -> str:  # two sentences
@@ -343,7 +343,7 @@ def pointing_words(
     what = f"{n} pairs of a held-out slice and its subtype, {patients} patients"
     return f"{says} and the bleeding (blue). The peak lies in it on {rates[MAP]} of {what}; {others}."
 
-# %% ../nbs/24_explain.ipynb #24-058
+# %% ../nbs/24_explain.ipynb #24-059
 def plot_evidence(
     evidence: Evidence,  # of a few slices
     note: str = "",  # for the title, say "synthetic data"
@@ -366,7 +366,7 @@ def plot_evidence(
     fig.suptitle(f"{title}\norange: evidence over half; cross: its peak{found}")
     return fig
 
-# %% ../nbs/24_explain.ipynb #24-061
+# %% ../nbs/24_explain.ipynb #24-062
 @checked
 def explain(
     run_dir: str | Path,  # with predictions.parquet and model/

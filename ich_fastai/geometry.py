@@ -133,7 +133,7 @@ def find_geometry(card: dict) -> Geometry | None:  # model.json
     "The millimeters that a model was trained on; None for a model of an earlier version, which does not say."
     return Geometry(*(tuple(card["geometry"][name]) for name in Geometry._fields)) if card.get("geometry") else None
 
-# %% ../nbs/14_geometry.ipynb #14-020
+# %% ../nbs/14_geometry.ipynb #14-021
 def choose_field(
     sides: tuple[float, float],  # mm, height and width of the image
     head: float,  # mm, the longer side of the head
@@ -147,7 +147,7 @@ def choose_field(
         return None
     return min(max(usual, head + 10), max(high, usual))
 
-# %% ../nbs/14_geometry.ipynb #14-022
+# %% ../nbs/14_geometry.ipynb #14-023
 def cut_field(
     hu: np.ndarray,  # (H, W) HU
     spacing: tuple[float, float],  # mm between rows and between columns
@@ -164,7 +164,7 @@ def cut_field(
         out[there[0], there[1]] = hu[here[0], here[1]]
     return out
 
-# %% ../nbs/14_geometry.ipynb #14-024
+# %% ../nbs/14_geometry.ipynb #14-025
 def fit_slice(
     hu: np.ndarray,  # (H, W) HU
     spacing: tuple[float, float],  # mm between rows and between columns
@@ -180,7 +180,7 @@ def fit_slice(
     top, left = (side / 2 if math.isnan(c) else c for c, side in zip(center, sides, strict=True))
     return cut_field(hu, spacing, (top, left), field), f"field of {max(sides):.0f} mm brought to {field:.0f}"
 
-# %% ../nbs/14_geometry.ipynb #14-027
+# %% ../nbs/14_geometry.ipynb #14-028
 SLAB_MM = 5.0  # mm, the thickest slices usual for head CT
 
 
@@ -201,7 +201,7 @@ def make_slabs(
         slab, gap = np.unique(slab, return_inverse=True)[1], (z[-1] - z[0] + gap) / n
     return slab, max(1, round(usual / gap))
 
-# %% ../nbs/14_geometry.ipynb #14-029
+# %% ../nbs/14_geometry.ipynb #14-030
 def average_slabs(
     hu: np.ndarray,  # (n, H, W) int16 HU
     slab: np.ndarray,  # (n,) int from 0 on, sorted

@@ -232,7 +232,7 @@ def refuse_image(tags: dict) -> str:  # of `read_tags`
         return "text burned into the image: BurnedInAnnotation is YES"
     return ""
 
-# %% ../nbs/15_images.ipynb #15-021
+# %% ../nbs/15_images.ipynb #15-022
 def _read_source(path: str, helper: Helper) -> dict | list[bytes]:
     "What `read_tags` gives of a file, in the helper process; `error` where nothing can be read."
     try:
@@ -279,7 +279,7 @@ def walk_images(
                     about = {"file": source.name, "path": path, "frame": frame, "error": tags["error"]}
                     yield about | empty | known
 
-# %% ../nbs/15_images.ipynb #15-022
+# %% ../nbs/15_images.ipynb #15-023
 def tabulate_images(
     rows: Iterable[dict],  # of `walk_images`
 ) -> pd.DataFrame:  # a row per image: as `walk_images` has it, z_mm, folder
@@ -296,7 +296,7 @@ def read_images(
     "What there is, all at once."
     return tabulate_images(walk_images(sources, scratch))
 
-# %% ../nbs/15_images.ipynb #15-025
+# %% ../nbs/15_images.ipynb #15-026
 OTHER = "other files"  # that say nothing of whose they are
 
 
@@ -313,7 +313,7 @@ def name_studies(images: pd.DataFrame) -> pd.Series:  # of `tabulate_images`; st
     place = patient.where(patient.ne(""), images["folder"])
     return named.where(uid.ne(""), "no StudyInstanceUID: " + place).mask(is_other(images), OTHER)
 
-# %% ../nbs/15_images.ipynb #15-028
+# %% ../nbs/15_images.ipynb #15-029
 class Export(NamedTuple):
     "The images of an export, to be had study by study."
 

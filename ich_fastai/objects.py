@@ -158,7 +158,7 @@ def tell_study(
         ("made from CT by software",),
     ], top
 
-# %% ../nbs/33_objects.ipynb #33-022
+# %% ../nbs/33_objects.ipynb #33-023
 def _name_maker(about: dict, what: str) -> dict:
     "Arguments of highdicom that both objects share."
     from pydicom.uid import generate_uid
@@ -168,7 +168,7 @@ def _name_maker(about: dict, what: str) -> dict:
     made |= {"software_versions": about["versions"]["ich_fastai"], "device_serial_number": about["weights_sha256"]}
     return made | {"series_description": f"{what}: {RESEARCH}", "specific_character_set": "ISO_IR 192"}
 
-# %% ../nbs/33_objects.ipynb #33-023
+# %% ../nbs/33_objects.ipynb #33-024
 def make_capture(
     page: np.ndarray,  # of `draw_picture`
     stand,  # of `stand_for`: the slice that is shown
@@ -195,7 +195,7 @@ def make_capture(
     ds.SourceImageSequence = [source]
     return ds
 
-# %% ../nbs/33_objects.ipynb #33-026
+# %% ../nbs/33_objects.ipynb #33-027
 SCHEME = "99ICHFASTAI"
 
 
@@ -214,7 +214,7 @@ def _find_sources(called: Sequence) -> list:
         frames.setdefault((stand.SOPClassUID, stand.SOPInstanceUID), []).append(int(frame))
     return [SourceImageForMeasurementGroup(*ids, [n for n in of if n] or None) for ids, of in frames.items()]
 
-# %% ../nbs/33_objects.ipynb #33-027
+# %% ../nbs/33_objects.ipynb #33-028
 def make_finding(
     label: str,  # of LABELS
     answer: pd.Series,  # the study's row of `summarize_studies`
@@ -242,7 +242,7 @@ def make_finding(
         source_images=_find_sources(called) or None,
     )
 
-# %% ../nbs/33_objects.ipynb #33-028
+# %% ../nbs/33_objects.ipynb #33-029
 def make_report(
     slices: pd.DataFrame,  # of `predict_survey`, readable ones of one study
     stands: dict,  # index of a slice: its `stand_for`
@@ -272,7 +272,7 @@ def make_report(
     how["coding_schemes"] = [CodingSchemeIdentificationItem(SCHEME, name="ich_fastai, codes without a standard one")]
     return sr.ComprehensiveSR(evidence, report[0], **how)
 
-# %% ../nbs/33_objects.ipynb #33-030
+# %% ../nbs/33_objects.ipynb #33-031
 def write_objects(
     model: Model,
     study: Study,  # with pixels

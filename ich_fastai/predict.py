@@ -218,7 +218,7 @@ def format_studies(
     ids = [uid if len(uid) < 25 else f"...{uid[-21:]}" for uid in map(str, studies.index)]
     return f"{rows.set_axis(ids).to_string()}\n\n{LEGEND}"
 
-# %% ../nbs/31_predict.ipynb #31-037
+# %% ../nbs/31_predict.ipynb #31-038
 def plot_series(
     slices: pd.DataFrame,  # as `predict_study` gives it, of one series
     truth: pd.DataFrame | None = None,  # index SOPInstanceUID, columns LABELS, where known
@@ -242,7 +242,7 @@ def plot_series(
     ax.set(xlabel="position along the slice normal, mm", ylabel="probability", ylim=(0, 1))
     return fig
 
-# %% ../nbs/31_predict.ipynb #31-040
+# %% ../nbs/31_predict.ipynb #31-041
 def predict_held_out(
     run_dir: str | Path,  # with model/, predictions.parquet and slices.parquet
     data_dir: str | Path,  # the dataset

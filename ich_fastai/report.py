@@ -186,7 +186,7 @@ def notebook_title(
     title, subtitle = (next((x.removeprefix(m) for x in lines if x.startswith(m)), path.stem) for m in ("# ", "> "))
     return title, subtitle
 
-# %% ../nbs/41_report.ipynb #41-029
+# %% ../nbs/41_report.ipynb #41-030
 def list_notebooks(
     paths: list[Path],  # notebooks, in order
     notes: dict | None = None,  # name: what to say in a second column
@@ -200,7 +200,7 @@ def list_notebooks(
         rows.append(f'<tr><td>{link}<br><span class="soft">{subtitle}</span></td>{note}</tr>')
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
 
-# %% ../nbs/41_report.ipynb #41-031
+# %% ../nbs/41_report.ipynb #41-032
 def render_origin(manifest: dict) -> str:  # HTML
     "Where the numbers come from: the manifest as lines for a reader."
     changed = " with uncommitted changes" if manifest["uncommitted_changes"] else ""
@@ -216,7 +216,7 @@ def render_origin(manifest: dict) -> str:  # HTML
     cells = "".join(f"<tr><th>{k}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
     return f'<div class="scroll text"><table>{cells}</table></div><p><a href="manifest.json">manifest.json</a></p>'
 
-# %% ../nbs/41_report.ipynb #41-034
+# %% ../nbs/41_report.ipynb #41-035
 KEPT = ("*.csv", "tables/*", "figures/*", "viewer/*", "notebooks/*.ipynb", "model/history.csv")
 
 
@@ -225,7 +225,7 @@ def date_files(run_dir: str | Path) -> dict[str, tuple[int, int]]:  # path in th
     files = [path for pattern in KEPT for path in Path(run_dir).glob(pattern) if path.is_file()]
     return {p.relative_to(run_dir).as_posix(): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
 
-# %% ../nbs/41_report.ipynb #41-035
+# %% ../nbs/41_report.ipynb #41-036
 def sum_written(
     run_dir: str | Path,
     before: dict[str, tuple[int, int]],  # of `date_files`, before the stage ran
@@ -236,7 +236,7 @@ def sum_written(
     names = [name for name in now if now[name] != before.get(name)]
     return {name: [stage, f"{crc32((Path(run_dir) / name).read_bytes()):08x}"] for name in names}
 
-# %% ../nbs/41_report.ipynb #41-036
+# %% ../nbs/41_report.ipynb #41-037
 def read_manifest(run_dir: str | Path) -> dict:
     "manifest.json of a run. Raises `InputError` where it, or a file that it lists, is damaged, changed or missing."
     manifest = read_run_file(Path(run_dir) / "manifest.json")
@@ -247,7 +247,7 @@ def read_manifest(run_dir: str | Path) -> dict:
             raise InputError(f"{path}: {what}; run `ich-reproduce --from {stage}` again, as this run was started")
     return manifest
 
-# %% ../nbs/41_report.ipynb #41-039
+# %% ../nbs/41_report.ipynb #41-040
 def write_report(
     run_dir: str | Path,  # a run with a manifest.json
 ) -> Path:  # index.html
@@ -270,7 +270,7 @@ def write_report(
     page = wrap_page("ich_fastai: report", body, synthetic=synthetic)
     return write_file(run_dir / "index.html", lambda p: p.write_text(page, encoding="utf-8"))
 
-# %% ../nbs/41_report.ipynb #41-042
+# %% ../nbs/41_report.ipynb #41-043
 PAGES = (
     "README.md",
     "docs/your_own_scans.md",
@@ -280,7 +280,7 @@ PAGES = (
     "CHANGELOG.md",
 )
 
-# %% ../nbs/41_report.ipynb #41-043
+# %% ../nbs/41_report.ipynb #41-044
 def render_markdown(
     path: Path,  # a .md file
     page: Path,  # the .html to write
@@ -295,7 +295,7 @@ def render_markdown(
     text = wrap_page(f"ich_fastai: {path.stem}", f'<div class="text">{body}</div>', synthetic=False, home=home)
     return write_file(page, lambda p: p.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/41_report.ipynb #41-044
+# %% ../nbs/41_report.ipynb #41-045
 def write_site(
     out: str | Path = "site",  # folder of the site
     which: str = "*.ipynb",  # notebooks

@@ -272,14 +272,14 @@ def fingerprint(
     parts += [Path(ich_fastai.__file__).with_name(f"{name}.py").read_bytes() for name in CODE]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
-# %% ../nbs/12_train.ipynb #12-038
+# %% ../nbs/12_train.ipynb #12-039
 def _prediction_table(rows: pd.DataFrame, logits: np.ndarray, keep_rate: float) -> pd.DataFrame:
     "predictions.parquet of one fold: ids, labels, logits as the network gives them."
     table = rows[["SOPInstanceUID", "PatientID", "StudyInstanceUID", "fold", *LABELS]].reset_index(drop=True)
     table[LOGITS] = logits.astype(np.float32)
     return table.assign(keep_rate=keep_rate)
 
-# %% ../nbs/12_train.ipynb #12-040
+# %% ../nbs/12_train.ipynb #12-041
 class Fold(NamedTuple):
     "What comes of one fold."
 
@@ -316,7 +316,7 @@ def fit_fold(
     kept = average[0].ema.module if average else learner.model
     return Fold(kept, predictions, pd.DataFrame(journal.history).assign(fold=fold), facts)
 
-# %% ../nbs/12_train.ipynb #12-043
+# %% ../nbs/12_train.ipynb #12-044
 @checked
 def fit(
     run_dir: str | Path,  # with cohort.parquet and cache/
@@ -343,7 +343,7 @@ def fit(
         shutil.rmtree(checkpoints, ignore_errors=True)
     return predictions
 
-# %% ../nbs/12_train.ipynb #12-045
+# %% ../nbs/12_train.ipynb #12-047
 def plot_history(
     history: pd.DataFrame,  # history.csv, or that of several trainings
     by: str = "fold",  # column: a color each
@@ -364,7 +364,7 @@ def plot_history(
     fig.legend(loc="outside lower center", ncols=4)
     return fig
 
-# %% ../nbs/12_train.ipynb #12-047
+# %% ../nbs/12_train.ipynb #12-049
 def train(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,

@@ -225,7 +225,7 @@ def histogram_distance(
     a, b = (table[BRAIN_BINS].sum() / max(table[BRAIN_BINS].sum().sum(), 1e-12) for table in (here, training))
     return float(abs(a - b).sum() / 2)
 
-# %% ../nbs/28_transfer.ipynb #28-042
+# %% ../nbs/28_transfer.ipynb #28-043
 def shift_table(
     here: dict[str, np.ndarray | pd.Series | float],  # what: values of slices or studies, or one number
     training: dict,  # likewise, or three numbers: low end, median, high end; what is not known is left out
@@ -245,7 +245,7 @@ def shift_table(
     columns = ["what", "here", "here_low", "here_high", "n", "training", "training_low", "training_high", "note"]
     return pd.DataFrame(rows).reindex(columns=columns)
 
-# %% ../nbs/28_transfer.ipynb #28-044
+# %% ../nbs/28_transfer.ipynb #28-045
 def measure_training(
     model_dir: str | Path,  # model/ of a run
     card: dict,  # model.json
@@ -266,7 +266,7 @@ def measure_training(
     some = rows.sample(min(most, len(rows)), random_state=0).sort_values("address")
     return known, measure_inputs(Cache(run_dir / "cache").gather(some["address"].to_numpy()))
 
-# %% ../nbs/28_transfer.ipynb #28-047
+# %% ../nbs/28_transfer.ipynb #28-048
 def compare_published(
     metrics: pd.DataFrame,  # of `transfer_metrics`
     dataset: str,  # its name
@@ -281,7 +281,7 @@ def compare_published(
     order = both["label"].map({label: k for k, label in enumerate(("any", *LABELS[:-1]))})
     return both.assign(order=order).sort_values("order", kind="stable").drop(columns="order").reset_index(drop=True)
 
-# %% ../nbs/28_transfer.ipynb #28-050
+# %% ../nbs/28_transfer.ipynb #28-051
 class Judged(NamedTuple):
     "A level of a dataset, judged."
 
@@ -289,7 +289,7 @@ class Judged(NamedTuple):
     known: list[str]  # the labels that exist
     rows: pd.DataFrame  # a row per slice or study: study, z_mm where it is a slice; index: its name
 
-# %% ../nbs/28_transfer.ipynb #28-053
+# %% ../nbs/28_transfer.ipynb #28-054
 def position_table(
     judged: Judged,  # of slices
     *,
@@ -315,7 +315,7 @@ def position_table(
             table.append({"score": name, "pairs": pairs} | found._asdict() | counts)
     return pd.DataFrame(table).rename(columns={"why": "note"})
 
-# %% ../nbs/28_transfer.ipynb #28-056
+# %% ../nbs/28_transfer.ipynb #28-057
 def find_mistakes(
     judged: Judged,
     n: int = 3,  # of each kind
@@ -331,7 +331,7 @@ def find_mistakes(
         found.append(worst.assign(kind=kind))
     return pd.concat(found, ignore_index=True)[["kind", "name", "study", "p", "called"]]
 
-# %% ../nbs/28_transfer.ipynb #28-059
+# %% ../nbs/28_transfer.ipynb #28-060
 def headline(
     metrics: pd.DataFrame,  # of `transfer_metrics`, with the column level
 ) -> pd.DataFrame:  # of str: level, label, AUC, sensitivity, specificity, calibration_slope, n, n_positive, n_patients
@@ -347,7 +347,7 @@ def headline(
         rows.append({"level": level, "label": label} | found | counts)
     return pd.DataFrame(rows).sort_values(["level", "label"], key=lambda c: c.ne("any") if c.name == "label" else c)
 
-# %% ../nbs/28_transfer.ipynb #28-061
+# %% ../nbs/28_transfer.ipynb #28-062
 def format_headline(
     table: pd.DataFrame,  # of `headline`
 ) -> str:
