@@ -223,12 +223,13 @@ def add_recurrent(
     features: np.ndarray,  # (n, d)
     units: int,
     seed: int = 42,
+    steps: int = STEPS,  # of a fit, at least
 ) -> tuple[pd.DataFrame, SeriesNetwork, dict]:  # with part and ADDED; the first part's network; what was fitted
     "The predictions with what recurrent networks add to them."
     smooth, share = float(table["smooth"].iloc[0]), float(table["keep_rate"].iloc[0])
     scans = make_scans(table[LOGITS], features, table["SeriesInstanceUID"], table["z_mm"], smooth)
     y, patients = table[list(LABELS)].to_numpy(), table["PatientID"].to_numpy()
-    added, part, network, facts = cross_fit_series(scans, y, patients, units, share=share, seed=seed)
+    added, part, network, facts = cross_fit_series(scans, y, patients, units, share=share, seed=seed, steps=steps)
     columns = dict(zip(ADDED, added.astype(np.float32).T, strict=True))
     return table.assign(part=part, **columns), network, {"units": units, "parts": PARTS} | facts
 
