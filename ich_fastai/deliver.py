@@ -22,14 +22,14 @@ from typing import Annotated
 import pandas as pd
 from fastcore.script import call_parse, store_true
 
-from .core import InputError, save_table
+from .core import InputError, printable, save_table
 from .guard import hold_folder
 from .labels import LABELS
 from .cache import Decoder
 from .geometry import Geometry, find_geometry
 from .images import Export, index_export
 from .model import Model, load_model
-from .series import check_wanted, format_series, show_text, survey_study
+from .series import check_wanted, format_series, survey_study
 from .predict import DETAILS, Study, check_used, format_studies, predict_survey, summarize_studies
 from .viewer import write_study_page
 from .objects import check_folders, write_objects
@@ -39,7 +39,7 @@ from .tables import Progress, Tables, make_submission, name_outputs, read_sample
 # %% ../nbs/36_deliver.ipynb #36-008
 def describe_lost(lost: Counter[str]) -> str:  # of an `Export`
     "The files that say nothing of whose they are, in a line; empty where there are none."
-    n, kinds = lost.total(), ", ".join(f"{show_text(kind)} ({n})" for kind, n in lost.most_common(5))
+    n, kinds = lost.total(), ", ".join(f"{printable(kind)} ({n})" for kind, n in lost.most_common(5))
     return f"not usable, not shown: {n:,} other file{'s' * (n != 1)}, {kinds}" * (n > 0)
 
 
@@ -121,7 +121,7 @@ class Screen:
         parts = [format_series(pd.concat(self.series)) + self.more("series", series)] if self.series else []
         parts += [format_studies(pd.concat(self.studies)) + self.more("studies", studies)] if self.studies else []
         notes = self.notes + [f"... and {self.n['notes']:,} more such notes."] * (self.n["notes"] > 0)
-        lines = [part for note in notes for part in wrap(show_text(note), 80)]
+        lines = [part for note in notes for part in wrap(printable(note), 80)]
         n, m = (sum(row[name] for row in tables.finished.values()) for name in ("images", "unused"))
         end = f"{n:,} image{'s' * (n != 1)}, {m:,} not used; written to {tables.paths[0]}."
         return "\n\n".join([*parts, "\n".join([*lines, end])])

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .core import MAX_BYTES, DicomError, InputError, open_file
+from .core import MAX_BYTES, DicomError, InputError, open_file, printable
 from .workers import Helper, WorkerLost
 from .dicom import _convert, _read_dataset
-from .cache import DECODE_BYTES, DECODE_SECONDS, printable
+from .cache import DECODE_BYTES, DECODE_SECONDS
 from .geometry import upright_position
 
 # %% ../nbs/15_images.ipynb #15-007

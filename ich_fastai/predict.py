@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .core import InputError, data_note, read_stage, save_captioned, save_table
+from .core import InputError, data_note, printable, read_stage, save_captioned, save_table
 from .labels import LABELS, LABEL_COLORS, LOGITS, find_dataset
 from .cache import Decoder
 from .model import Model, load_model
@@ -25,7 +25,7 @@ from .sequence import read_unseen
 from .recurrent import predict_series
 from .geometry import find_geometry
 from .images import OTHER
-from .series import Stack, Survey, read_series, show_text, survey_files
+from .series import Stack, Survey, read_series, survey_files
 from .calibrate import calibrate, order_logits, pool_slices, slice_lengths, to_logits
 
 # %% ../nbs/31_predict.ipynb #31-008
@@ -143,7 +143,7 @@ def check_used(
     "Raise `InputError` where no series is used."
     if not series["used"].any():
         row, readable = series.sort_values("slices").iloc[-1], bool(series["images"].map(len).any())
-        what, why = (show_text(text) for text in (row["description"] or row["file"], row["reason"]))
+        what, why = (printable(text) for text in (row["description"] or row["file"], row["reason"]))
         advice = "; --all-series predicts what can be read" * readable
         raise InputError(f"no usable series in {n:,} image{'s' * (n > 1)}, e.g. {what}: {why}{advice}")
 

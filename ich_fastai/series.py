@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TIMES', 'MIN_SLICES', 'MIN_MM', 'MAX_TILT', 'MAX_NOISE', 'MAX_BRIGHT', 'SHARP', 'CONTRAST', 'PLAIN', 'group_series',
            'find_outliers', 'split_times', 'order_images', 'refuse_place', 'Sight', 'read_upright', 'look_at',
-           'refuse_sight', 'describe_series', 'tabulate_series', 'choose_series', 'show_text', 'format_series',
-           'Survey', 'check_wanted', 'survey_study', 'survey_files', 'Stack', 'stack_slices', 'read_series']
+           'refuse_sight', 'describe_series', 'tabulate_series', 'choose_series', 'format_series', 'Survey',
+           'check_wanted', 'survey_study', 'survey_files', 'Stack', 'stack_slices', 'read_series']
 
 # %% ../nbs/30_series.ipynb #30-002
 import math
@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .core import DicomError, InputError
-from .cache import Decoder, printable, read_into, resize_slice
+from .core import DicomError, InputError, printable
+from .cache import Decoder, read_into, resize_slice
 from .geometry import Geometry, Look, average_slabs, find_turn, fit_slice, make_slabs, measure_look
 from .geometry import stand_upright
 from .images import OTHER, is_other, list_sources, name_studies, read_images, words
@@ -281,11 +281,6 @@ def _number(value, digits: int = 1) -> str:
     return f"{value:.{digits}f}" if pd.notna(value) and math.isfinite(value) else "-"
 
 
-def show_text(text: str) -> str:
-    "Text of a file for a screen or a table: control characters as escapes."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def format_series(
     table: pd.DataFrame,  # of `choose_series`
 ) -> str:
@@ -294,15 +289,15 @@ def format_series(
     for study, rows in table.groupby("study", sort=False):
         lines += [
             "",
-            *wrap(study.capitalize() if study == OTHER else f"Study {show_text(study)}", 80),
+            *wrap(study.capitalize() if study == OTHER else f"Study {printable(study)}", 80),
             f"  {'series':<18}{'slices':>6}{'mm':>6}  {'kernel':<9}{'mm/px':>6}  why",
         ]
         for row in rows.itertuples():
-            name = show_text(row.description or f"...{row.uid[-14:]}" * bool(row.uid))[:17]
-            cells = f"{name:<18}{row.slices:>6}{_number(row.spacing_mm):>6}  {show_text(row.kernel)[:8]:<9}"
+            name = printable(row.description or f"...{row.uid[-14:]}" * bool(row.uid))[:17]
+            cells = f"{name:<18}{row.slices:>6}{_number(row.spacing_mm):>6}  {printable(row.kernel)[:8]:<9}"
             reason = ("used" + f", though {row.reason}" * bool(row.reason)) if row.used else row.reason
             why = "; ".join(filter(None, [reason, row.notes]))
-            first, *more = wrap(show_text(why), 29) or [""]
+            first, *more = wrap(printable(why), 29) or [""]
             lines += [
                 f"{'*' if row.used else ' '} {cells}{_number(row.pixel_mm, 2):>6}  {first}",
                 *(" " * 51 + m for m in more),

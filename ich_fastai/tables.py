@@ -19,17 +19,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import InputError
+from .core import InputError, printable
 from .workers import hold_interrupt
 from .labels import LABELS
-from .series import show_text
 
 # %% ../nbs/35_tables.ipynb #35-008
 def make_harmless(table: pd.DataFrame) -> pd.DataFrame:
     "The table with its text fit for a spreadsheet."
 
     def fix(value):
-        return "'" * value.startswith(("=", "+", "-", "@")) + show_text(value) if isinstance(value, str) else value
+        return "'" * value.startswith(("=", "+", "-", "@")) + printable(value) if isinstance(value, str) else value
 
     texts = [name for name in table if any(isinstance(value, str) for value in table[name])]
     return table.assign(**{name: table[name].map(fix) for name in texts})
@@ -117,7 +116,7 @@ class Tables:
         "Is a study finished? Raises `InputError` where it has other images by now."
         found = self.finished.get(study)
         if found and found["images"] != images:
-            what = f"{show_text(study)}: {images:,} images, {found['images']:,} when it was read"
+            what = f"{printable(study)}: {images:,} images, {found['images']:,} when it was read"
             raise InputError(f"{what}; start without --resume, or choose another output")
         return bool(found)
 
