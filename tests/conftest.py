@@ -1,13 +1,17 @@
 """Fixtures that several test files share."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.tiny import tiny_cohort
@@ -73,19 +77,46 @@ def real_data():
     return folder
 
 
+IMPORTED = "fastai.distributed fastai.learner fastai.callback.all timm sklearn.metrics scipy.stats pandas polars pydicom cv2"
+IMPORTED += " matplotlib.pyplot seaborn ipykernel.kernelapp papermill nbconvert nbdev.test"
+
+
 @pytest.fixture(scope="session")
-def command():
-    "Run a console command of the project: command('ich-reproduce', '--preset', 'tiny') gives the finished process."
+def warm(tmp_path_factory):
+    "What starts a Python at once (warm.py); one server for all workers. The rooms themselves are imported anew."
+    base, owner = tmp_path_factory.getbasetemp(), os.getpid()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base, owner = base.parent, os.getppid()
+    start = [sys.executable, "-W", "ignore", str(PROJECT / "tests" / "warm.py")]
+    with FileLock(base / "warm.lock"):
+        if not (base / "warm").exists():
+            quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            server = subprocess.Popen([*start, "--serve", base / "warm", str(owner), *IMPORTED.split()], **quiet)
+            while not (base / "warm").exists():
+                assert server.poll() is None, "warm.py does not start"
+                time.sleep(0.1)
+    return [sys.executable, "-I", "-S", start[-1], str(base / "warm")]
+
+
+@pytest.fixture(scope="session")
+def command(warm, tmp_path_factory):
+    "Run a console command, its kernels warm too: command('ich-reproduce', '--preset', 'tiny') gives what it said."
+    jupyter = tmp_path_factory.mktemp("jupyter")
+    kernel = {"argv": [*warm, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "warm"}
+    kernel |= {"language": "python", "env": {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}}
+    (jupyter / "kernels" / "python3").mkdir(parents=True)
+    (jupyter / "kernels" / "python3" / "kernel.json").write_text(json.dumps(kernel))
 
     def run(name, *arguments, timeout=900, **kwargs):
         path = PROJECT / ".venv" / "bin" / name
-        program = str(path) if path.exists() else name
+        program = str(path) if path.exists() else shutil.which(name)
         return subprocess.run(
-            [program, *map(str, arguments)],
+            [*warm, program, *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=timeout,
             stdin=subprocess.DEVNULL,
+            env=os.environ | {"JUPYTER_PATH": str(jupyter)},
             **kwargs,
         )
 
