@@ -250,6 +250,8 @@ def _newton(x: np.ndarray, n: np.ndarray, xy: np.ndarray, y: np.ndarray, start: 
     left = np.arange(len(n))
     with np.errstate(all="ignore"):
         for _ in range(50):
+            if not len(left):
+                break
             b, (x, n, xy, y) = beta[left], (a[left] for a in data)
             q = expit(b[:, :1] * x + b[:, 1:])
             gx, g1, v = xy - (n * q * x).sum(1), y - (n * q).sum(1), n * q * (1 - q)
@@ -257,6 +259,8 @@ def _newton(x: np.ndarray, n: np.ndarray, xy: np.ndarray, y: np.ndarray, start: 
             step = np.c_[one * gx - x1 * g1, xx * g1 - x1 * gx] / (det := xx * one - x1 * x1)[:, None]
             before, worse = _logistic_loss(b, x, n, xy, y), np.arange(len(left))
             for _ in range(10):  # shorter where the loss would grow
+                if not len(worse):
+                    break
                 after = _logistic_loss(b[worse] + step[worse], x[worse], n[worse], xy[worse], y[worse])
                 worse = worse[~(after <= before[worse] + 1e-9)]
                 step[worse] /= 2

@@ -8,5 +8,5 @@ NOTEBOOKS = sorted((PROJECT / "nbs").glob("*.ipynb"))
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_runs_alone(path, command):
-    done = command("nbdev-test", path, "--n-workers", "0", cwd=PROJECT)
+    done = command("nbdev-test", path, cwd=PROJECT)
     assert done.returncode == 0 and "Success." in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

@@ -73,19 +73,23 @@ def history_of(run_dir):
     return pd.read_csv(run_dir / "model" / "history.csv")
 
 
-def run_script(script, *arguments, launcher=()):
-    "The script in a process of its own, on one thread of the CPU: another number of threads rounds otherwise."
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", *launcher, script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+@pytest.fixture
+def run_script(warm):
+    "run_script(script, ...): the script in a process of its own; in two that train as one, with `processes=2`."
+
+    def run(script, *arguments, processes=1):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--no-python"]
+        start = [*warm, *launch, *warm] if processes > 1 else warm
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        command = [*start, script, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+    return run
 
 
 def as_json(**changes):
     "The quick settings with these changes, for a script."
     return json.dumps(asdict(replace(QUICK, **changes)))
-
-
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def test_the_loss_is_the_formula(cohort):
@@ -314,7 +318,7 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_train_and_predict_as_one(cohort, tmp_path, monkeypatch):
+def test_two_processes_train_and_predict_as_one(cohort, tmp_path, monkeypatch, run_script):
     """20 steps, one an epoch so that each loss is on record, of a network with layer norms alone. In float64, for Adam
     makes much of a rounded zero; dropout, which each process draws for itself, is off."""
     script = tmp_path / "train.py"
@@ -322,8 +326,8 @@ def test_two_processes_train_and_predict_as_one(cohort, tmp_path, monkeypatch):
     held_out = cohort[cohort["fold"] == 0].head(17)  # an odd number: the last share is padded
     few = pd.concat([held_out, cohort[cohort["fold"] != 0]], ignore_index=True)
     one, two = (run_folder(tmp_path / name, few) for name in ("one", "two"))
-    options = as_json(arch="convnext_atto", batch_size=16, epochs=20, epoch_size=16, lr=1e-3)
-    done = run_script(script, two, options, launcher=TWO_PROCESSES)
+    options = as_json(arch="test_convnext", batch_size=16, epochs=20, epoch_size=16, lr=1e-3)
+    done = run_script(script, two, options, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {"process 0 of 2", "process 1 of 2"} == set(done.stdout.splitlines())
     monkeypatch.setattr(train, "build_model", build_model)  # taken back after the script has changed it
@@ -336,10 +340,10 @@ def test_two_processes_train_and_predict_as_one(cohort, tmp_path, monkeypatch):
     assert np.allclose(one[LOGITS], two[LOGITS], atol=1e-4)
 
 
-def test_several_processes_on_cpus_are_refused_with_batch_norm(cohort, tmp_path):
+def test_several_processes_on_cpus_are_refused_with_batch_norm(cohort, tmp_path, run_script):
     (tmp_path / "fit.py").write_text(FIT)
     run_dir = run_folder(tmp_path / "run", cohort)
-    done = run_script(tmp_path / "fit.py", run_dir, as_json(), launcher=TWO_PROCESSES)
+    done = run_script(tmp_path / "fit.py", run_dir, as_json(), processes=2)
     assert done.returncode and "batch norm cannot be shared" in done.stderr and not (run_dir / "model").exists()
     network = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
     with pytest.raises(InputError, match="start one"):
@@ -363,7 +367,7 @@ train.fit(sys.argv[1], train.Settings(**json.loads(sys.argv[2])))
 """
 
 
-def test_killed_after_an_epoch_and_resumed_ends_as_if_uninterrupted(cohort, tmp_path):
+def test_killed_after_an_epoch_and_resumed_ends_as_if_uninterrupted(cohort, tmp_path, run_script):
     (tmp_path / "fit.py").write_text(FIT)
     options = as_json(epochs=3)
     whole, killed = (run_folder(tmp_path / name, cohort) for name in ("whole", "killed"))

@@ -4,6 +4,7 @@
 process's folder, environment and streams; it ends as that ends, and that ends with it. `warm.py --serve SOCKET PID
 MODULE...` imports the modules and forks; it ends with the process PID."""
 
+import contextlib
 import json
 import os
 import signal
@@ -36,8 +37,8 @@ def serve(address, owner, modules):
         listener.listen(64)
         listener.settimeout(1)
         os.rename(address + ".part", address)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while is_alive(owner):
+            reap()
             try:
                 asked, _ = listener.accept()
             except TimeoutError:
@@ -46,6 +47,13 @@ def serve(address, owner, modules):
                 listener.close()
                 return watch(asked)
             asked.close()
+
+
+def reap():
+    "Take leave of those that have ended."
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def is_alive(pid):
@@ -60,7 +68,6 @@ def watch(asked):
     "Fork once more, to know how that one ends, and to end it where nobody waits for it."
     import threading
 
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     asked.setblocking(True)
     _, streams, _, _ = socket.recv_fds(asked, 1, 3)
     order = json.loads(asked.makefile().readline())
