@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STYLE', 'NOT_A_DEVICE', 'SYNTHETIC', 'SECTIONS', 'KEPT', 'PAGES', 'wrap_page', 'link_pages', 'render_notebook',
            'render_table', 'render_pictures', 'render_section', 'notebook_title', 'list_notebooks', 'render_origin',
-           'date_files', 'sum_written', 'read_manifest', 'write_report', 'render_markdown', 'write_site']
+           'date_files', 'sum_written', 'read_manifest', 'write_report', 'name_headings', 'render_markdown',
+           'write_site']
 
 # %% ../nbs/41_report.ipynb #41-002
 import html
@@ -82,13 +83,13 @@ def link_pages(
     "The HTML with links to notebooks and Markdown files turned to their pages; without a page only the text stays."
 
     def turn(match):
-        target, text = match.groups()
-        if "://" in target or target.startswith("#") or not re.search(r"\.(ipynb|md)$", target):
+        target, anchor, text = match.groups()
+        if "://" in target or not re.search(r"\.(ipynb|md)$", target):
             return match.group()
         page = (folder / re.sub(r"README\.md$", "index.md", target)).with_suffix(".html")
-        return f'<a href="{Path(target).with_name(page.name)}">{text}</a>' if page.resolve() in pages else text
+        return f'<a href="{Path(target).with_name(page.name)}{anchor}">{text}</a>' if page.resolve() in pages else text
 
-    return re.sub(r'<a href="([^"]+)">(.*?)</a>', turn, body, flags=re.S)
+    return re.sub(r'<a href="([^"#]+)(#[^"]*|)">(.*?)</a>', turn, body, flags=re.S)
 
 # %% ../nbs/41_report.ipynb #41-013
 def render_notebook(
@@ -281,6 +282,18 @@ PAGES = (
 )
 
 # %% ../nbs/41_report.ipynb #41-044
+def name_headings(
+    body: str,  # HTML of nbconvert, whose headings have their text as id
+) -> str:
+    "The HTML with headings named as a link to a Markdown file names them: in small letters, without punctuation."
+
+    def rename(match):
+        name = re.sub(r"[^\w -]", "", html.unescape(match[2]).lower())
+        return f'{match[1]}{name.replace(" ", "-")}"'
+
+    return re.sub(r'((?:<h\d id="|href="#))([^"]*)"', rename, body)
+
+# %% ../nbs/41_report.ipynb #41-046
 def render_markdown(
     path: Path,  # a .md file
     page: Path,  # the .html to write
@@ -291,11 +304,12 @@ def render_markdown(
     "A Markdown file as a page."
     from nbconvert.filters import markdown2html
 
-    body = link_pages(markdown2html(path.read_text(encoding="utf-8")), page.parent, pages)
+    body = name_headings(markdown2html(path.read_text(encoding="utf-8")))
+    body = link_pages(body, page.parent, pages)
     text = wrap_page(f"ich_fastai: {path.stem}", f'<div class="text">{body}</div>', synthetic=False, home=home)
     return write_file(page, lambda p: p.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/41_report.ipynb #41-045
+# %% ../nbs/41_report.ipynb #41-047
 def write_site(
     out: str | Path = "site",  # folder of the site
     which: str = "*.ipynb",  # notebooks
@@ -316,6 +330,6 @@ def write_site(
         else:
             render_notebook(path, page, synthetic=path.stem != "00_core", pages=pages)
     shutil.copytree(home / "nbs" / "images", out / "nbs" / "images", dirs_exist_ok=True)
-    for name in ("LICENSE", "CITATION.cff", "docs/study.schema.json"):
+    for name in ("LICENSE", "CITATION.cff", "docs/study.schema.json", "data/datasets.csv"):
         shutil.copy(home / name, out / name)
     return out / "index.html"
