@@ -461,16 +461,15 @@ def test_a_model_of_several_networks_is_fitted_on_all_their_folds_and_says_what_
     assert corrections["calibration"]["any"]["slope"] == pytest.approx(fit.slope[-1])
 
 
-@pytest.mark.parametrize("name", ["metrics", "thresholds", "conformal", "reliability", "delivered"])
-def test_every_result_has_n_prevalence_and_an_interval_or_says_why_not(simulated_run, write_predictions, name):
+def test_every_result_has_n_prevalence_and_an_interval_or_says_why_not(simulated_run, write_predictions):
     cohort = pd.read_parquet(simulated_run / "cohort.parquet")
     write_predictions(simulated_run, cohort[cohort["fold"] < 2], (0, 1))
     evaluate(simulated_run, None, n_boot=20)
-    csv = simulated_run / ("metrics.csv" if name == "metrics" else f"tables/{name}.csv")
-    table = pd.read_csv(csv, keep_default_na=False, na_values=[""])
-    assert {"n", "prevalence", "low", "high", "note"} <= set(table)
-    assert table[["n"]].notna().all().all()
-    assert (table["low"].notna() | table["note"].str.len().gt(0)).all()
+    for name in ("metrics.csv", *(f"tables/{n}.csv" for n in ("thresholds", "conformal", "reliability", "delivered"))):
+        table = pd.read_csv(simulated_run / name, keep_default_na=False, na_values=[""])
+        assert {"n", "prevalence", "low", "high", "note"} <= set(table), name
+        assert table[["n"]].notna().all().all(), name
+        assert (table["low"].notna() | table["note"].str.len().gt(0)).all(), name
 
 
 @pytest.mark.parametrize("coverage", [0.8, 0.95])
