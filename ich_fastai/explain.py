@@ -123,8 +123,8 @@ def plot_subgroups(
     names = [f"{r.group}: {r.value_of} (n = {r.n_positive:,})" for r in rows.itertuples()]
     ax.set_yticks(range(len(rows)), names)
     ax.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5))
-    ax.set(xlabel="sensitivity for any, 95% interval by patient; n: slices that bleed")
-    ax.set_title(f"Sensitivity by group{note and ', ' + note}")
+    ax.set(xlabel="sensitivity for any, 95% interval by patient")
+    ax.set_title(f"Sensitivity by group (n: slices that bleed){note and ', ' + note}")
     return fig
 
 # %% ../nbs/24_explain.ipynb #24-024
