@@ -77,7 +77,9 @@ def real_data():
     return folder
 
 
-IMPORTED = "fastai.distributed fastai.learner fastai.callback.all timm sklearn.metrics scipy.stats pandas polars pydicom cv2"
+IMPORTED = (
+    "fastai.distributed fastai.learner fastai.callback.all timm sklearn.metrics scipy.stats pandas polars pydicom cv2"
+)
 IMPORTED += " matplotlib.pyplot seaborn ipykernel.kernelapp papermill nbconvert nbdev.test"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ich_fastai.core import InputError, read_run_file
-from ich_fastai.explain import explain, integrated_gradients, paint_brain, score_slices, smooth_map, worst_mistakes
+from ich_fastai.explain import explain, integrated_gradients, flatten_brain, score_slices, smooth_map, worst_mistakes
 from ich_fastai.model import build_model
 from ich_fastai.tiny import tiny_phantom
 
@@ -90,10 +90,10 @@ def test_any_kind_of_backbone_can_be_explained(arch):
     network = build_model(arch, 1, image_size=64).eval()
     hu = torch.full((2, 1, 64, 64), -1000.0)
     hu[:, :, 10:50, 10:50] = 60
-    x, base = (torch.clamp(pixels / 40 - 1, -1, 1) for pixels in (hu, paint_brain(hu)))
+    x, base = (torch.clamp(pixels / 40 - 1, -1, 1) for pixels in (hu, flatten_brain(hu)))
     added = integrated_gradients(network, x, base, ["any", "epidural"])
     assert added.shape == (2, 64, 64) and np.isfinite(added).all()
-    assert added[:, 10:50, 10:50].any() and not added[:, :10].any()  # air is not painted: it adds nothing
+    assert added[:, 10:50, 10:50].any() and not added[:, :10].any()  # air stays air: it adds nothing
 
 
 def test_a_size_that_a_backbone_cannot_take_is_one_line():
