@@ -127,6 +127,7 @@ def save_table(
 # %% ../nbs/00_core.ipynb #00-020
 MAKERS = {
     "labels.parquet": "01_labels",
+    "dataset.json": "01_labels",
     "phantom.json": "06_phantom",
     "truth.parquet": "06_phantom",
     "slices.parquet": "08_ingest",
@@ -175,7 +176,7 @@ def read_run_file(
     path, what = Path(path), "damaged"
     try:
         data = path.read_bytes()
-        at, checksum = _find_checksum(data) if path.suffix in (".json", ".parquet", ".safetensors") else (0, b"")
+        at, checksum = _find_checksum(data) if path.suffix in (".json", ".parquet", ".safetensors", ".pt") else (0, b"")
         if at and data[at : at + 8] != checksum:
             what = "damaged, or changed by hand"
             raise ValueError(what)

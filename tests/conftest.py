@@ -1,15 +1,20 @@
 """Fixtures that several test files share."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from ich_fastai.labels import LABELS, LOGITS
+from ich_fastai.reproduce import prepare_data, read_preset
 from ich_fastai.tiny import tiny_cohort
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -53,9 +58,28 @@ def plant_canaries(dataset):
 
 
 def find_canaries(path):
-    "Canaries in a file's bytes, as text in UTF-8 or UTF-16."
-    data, words = Path(path).read_bytes(), (CANARY, BORN, "Hospital")
+    "Canaries in a file, packed or not: as text in UTF-8 or UTF-16."
+    data, words = Path(path).read_bytes() + unpack(Path(path)), (CANARY, BORN, "Hospital")
     return [word for word in words if word.encode() in data or word.encode("utf-16-le") in data]
+
+
+def unpack(path):
+    "What compression hides: the values of parquet, the members of a zip (npz, pt), the texts of a PNG."
+    if path.suffix == ".parquet":
+        return str(pq.read_table(path).to_pylist()).encode()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as packed:
+            return b"".join(map(packed.read, packed.namelist()))
+    return str(Image.open(path).info).encode() if path.suffix == ".png" else b""
+
+
+def plant_in_dataset(data_dir):
+    "Canaries into every file of a dataset in the RSNA layout that can be read."
+    import pydicom
+
+    for path in (data_dir / "stage_1_train_images").iterdir():
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the phantom's truncated file
+            plant_canaries(pydicom.dcmread(path)).save_as(path)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,8 +118,9 @@ def command():
 
 @pytest.fixture(scope="session")
 def tiny_run(command, tmp_path_factory):
-    "A finished run of the tiny preset: the whole chain through papermill, on the phantom."
+    "A finished run of the tiny preset: the whole chain through papermill, on the phantom, its files full of canaries."
     run_dir = tmp_path_factory.mktemp("chain") / "run"
+    plant_in_dataset(prepare_data(None, run_dir, read_preset("tiny")))
     done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return run_dir, done
