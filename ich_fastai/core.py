@@ -92,11 +92,15 @@ def add_checksum(path: str | Path) -> None:
 def write_checked(
     path: str | Path,
     write,  # called with a temporary path; writes a file with MARKED in it there
+    behind: bool = False,  # it has no mark: put one behind its end, for a format whose readers stop before
 ) -> Path:
     "`path`, written whole, with its checksum. Raises `InputError` as `write_file` does."
 
     def write_and_sum(p):
         write(p)
+        if behind:
+            with open(p, "ab") as file:
+                file.write(MARKED["checksum"].encode())
         add_checksum(p)
 
     return write_file(path, write_and_sum)

@@ -13,7 +13,6 @@ import json
 import math
 import re
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -247,8 +246,8 @@ def join_headers(
 # %% ../nbs/38_datasets.ipynb #38-028
 def open_headers(folder: Path, labels: pd.DataFrame, level: str, csv: Path, facts: pd.Series) -> Dataset:
     "A dataset whose labels name slices or studies by their UIDs."
-    scratch = ExitStack()
-    images = list_headers(folder, scratch.enter_context(make_scratch()))  # for what is unpacked
+    scratch = make_scratch()  # for what is unpacked
+    images = list_headers(folder, scratch.__enter__())
     labels = join_headers(labels, level, images)
     files = {study: list(map(Path, paths)) for study, paths in images.groupby("StudyInstanceUID")["path"]}
     studies, reasons = join_files(labels, files, csv)
@@ -274,8 +273,7 @@ def open_folder(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     if key is None:
         raise InputError(f"{csv}: has no column that names what is labelled: {', '.join(KEYS)}")
     table = table.set_index(key)
-    labels = to_labels(table, csv)
-    labels = labels.assign(**{name: table[name] for name in ("PatientID",) if name in table})
+    labels = to_labels(table, csv).assign(**{name: table[name] for name in ("PatientID",) if name in table})
     if key != "folder":
         return open_headers(folder, labels, KEYS[key], csv, facts)
     labels = labels.assign(study=labels.index, PatientID=labels.get("PatientID", labels.index.to_series()))

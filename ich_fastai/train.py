@@ -36,7 +36,7 @@ from timm.utils import ModelEmaV3
 from torch.utils._pytree import tree_map
 
 import ich_fastai
-from .core import COLORS, MARKED, InputError, read_run_file, read_stage, save_figure, save_table
+from .core import COLORS, InputError, read_run_file, read_stage, save_figure, save_table
 from .core import stage_file, write_checked
 from .guard import checked
 from .labels import LABELS, LOGITS, SUBTYPES
@@ -208,15 +208,7 @@ class Checkpoint(Callback):
         plain = tree_map(lambda v: v.item() if isinstance(v, np.generic) else v, self.opt.state_dict())
         state |= {"optimizer": plain, "logits": journal.logits, "averaged": self.averaged().state_dict()}
         if self.dls.train.place.rank == 0:
-            self.write(state)
-
-    def write(self, state: dict) -> None:
-        def save(path):  # the checksum behind the end, where torch does not read
-            torch.save(state, path)
-            with open(path, "ab") as file:
-                file.write(MARKED["checksum"].encode())
-
-        write_checked(self.path, save)
+            write_checked(self.path, lambda p: torch.save(state, p), behind=True)
 
     def read(self, device="cpu") -> dict:  # {} where there is none of the same fingerprint
         load = partial(torch.load, map_location=device, weights_only=True)
@@ -229,8 +221,7 @@ class Checkpoint(Callback):
 
     def resume(self) -> int:  # epochs that are done
         "Take up the state of the file where there is one of the same fingerprint."
-        learner = self.learn
-        state = self.read(learner.dls.device)
+        learner, state = self.learn, self.read(self.learn.dls.device)
         if not state:
             return 0
         learner.create_opt()

@@ -74,7 +74,7 @@ def run_dir(tmp_path_factory, simulated_run, write_predictions):
 def write_networks(run):
     "A checkpoint, and a model of two networks with a recurrent one."
     state = {"fingerprint": "f", "epoch": 1, "model": {"w": torch.arange(500.0)}, "history": [{"loss": 0.5}]}
-    Checkpoint(run / "model" / "checkpoints" / "fold-0.pt", "f").write(state)
+    write_checked(run / "model" / "checkpoints" / "fold-0.pt", lambda p: torch.save(state, p), behind=True)
     shutil.copytree(run / "model", run / "folds" / "model")
     card = read_stage(run, "model/model.json") | {"recurrent": 8, "networks": [WEIGHTS, "weights-2.safetensors"]}
     save_json(card, run / "folds" / "model" / "model.json", checked=True)
