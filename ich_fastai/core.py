@@ -92,11 +92,15 @@ def add_checksum(path: str | Path) -> None:
 def write_checked(
     path: str | Path,
     write,  # called with a temporary path; writes a file with MARKED in it there
+    behind: bool = False,  # it has no mark: put one behind its end, for a format whose readers stop before
 ) -> Path:
     "`path`, written whole, with its checksum. Raises `InputError` as `write_file` does."
 
     def write_and_sum(p):
         write(p)
+        if behind:
+            with open(p, "ab") as file:
+                file.write(MARKED["checksum"].encode())
         add_checksum(p)
 
     return write_file(path, write_and_sum)
@@ -127,6 +131,7 @@ def save_table(
 # %% ../nbs/00_core.ipynb #00-020
 MAKERS = {
     "labels.parquet": "01_labels",
+    "dataset.json": "01_labels",
     "phantom.json": "06_phantom",
     "truth.parquet": "06_phantom",
     "slices.parquet": "08_ingest",
@@ -175,7 +180,7 @@ def read_run_file(
     path, what = Path(path), "damaged"
     try:
         data = path.read_bytes()
-        at, checksum = _find_checksum(data) if path.suffix in (".json", ".parquet", ".safetensors") else (0, b"")
+        at, checksum = _find_checksum(data) if path.suffix in (".json", ".parquet", ".safetensors", ".pt") else (0, b"")
         if at and data[at : at + 8] != checksum:
             what = "damaged, or changed by hand"
             raise ValueError(what)

@@ -12,7 +12,6 @@ __all__ = ['NO_FILES', 'CQ500_NAMES', 'KEYS', 'ADAPTERS', 'read_datasets', 'find
 import json
 import math
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from .core import DicomError, InputError, name_some, project_dir
+from .guard import make_scratch
 from .labels import LABELS, SUBTYPES, find_dataset, read_labels
 from .cache import Decoder
 from .geometry import Geometry
@@ -100,7 +100,7 @@ def read_dicom(
     geometry: Geometry | None,
 ) -> tuple[Stack, pd.DataFrame]:  # errors by SOPInstanceUID; the study's series, of `choose_series`
     "The series of a study that should be read. Raises `InputError` with the reasons where there is none."
-    with tempfile.TemporaryDirectory() as scratch:
+    with make_scratch() as scratch:
         images = read_images(list_sources(files[study], scratch), scratch).assign(study=study)
         with Decoder() as decoder:
             images, table = survey_study(images, geometry, decoder=decoder)
@@ -220,7 +220,7 @@ def open_cq500(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
 KEYS = {"SOPInstanceUID": "slice", "StudyInstanceUID": "study", "folder": "study"}
 
 
-def list_headers(folder: Path, scratch: str) -> pd.DataFrame:  # SOPInstanceUID, StudyInstanceUID, PatientID, path: str
+def list_headers(folder: Path, scratch: Path) -> pd.DataFrame:  # SOPInstanceUID, StudyInstanceUID, PatientID, path: str
     "The images of a folder, by their headers; those that say nothing of whose they are are left out."
     images = read_images(list_sources(folder, scratch), scratch)
     known = images[images["SOPInstanceUID"].ne("") & images["StudyInstanceUID"].ne("")]
@@ -246,8 +246,8 @@ def join_headers(
 # %% ../nbs/38_datasets.ipynb #38-028
 def open_headers(folder: Path, labels: pd.DataFrame, level: str, csv: Path, facts: pd.Series) -> Dataset:
     "A dataset whose labels name slices or studies by their UIDs."
-    scratch = tempfile.TemporaryDirectory()  # for what is unpacked
-    images = list_headers(folder, scratch.name)
+    scratch = make_scratch()  # for what is unpacked
+    images = list_headers(folder, scratch.__enter__())
     labels = join_headers(labels, level, images)
     files = {study: list(map(Path, paths)) for study, paths in images.groupby("StudyInstanceUID")["path"]}
     studies, reasons = join_files(labels, files, csv)
@@ -273,8 +273,7 @@ def open_folder(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     if key is None:
         raise InputError(f"{csv}: has no column that names what is labelled: {', '.join(KEYS)}")
     table = table.set_index(key)
-    labels = to_labels(table, csv)
-    labels = labels.assign(**{name: table[name] for name in ("PatientID",) if name in table})
+    labels = to_labels(table, csv).assign(**{name: table[name] for name in ("PatientID",) if name in table})
     if key != "folder":
         return open_headers(folder, labels, KEYS[key], csv, facts)
     labels = labels.assign(study=labels.index, PatientID=labels.get("PatientID", labels.index.to_series()))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'MOST_NOTES', 'Writer', 'describe_lost', 'read_studies', 'summarize_series', 'list_notes', 'Screen',
-           'explain_stop', 'predict_export', 'predict_files', 'hash_model', 'hold_folders', 'choose_writers',
-           'ich_predict']
+           'explain_stop', 'predict_export', 'predict_files', 'hash_model', 'hash_paths', 'hold_outputs',
+           'choose_writers', 'ich_predict']
 
 # %% ../nbs/36_deliver.ipynb #36-003
 import hashlib
@@ -23,7 +23,7 @@ import pandas as pd
 from fastcore.script import call_parse, store_true
 
 from .core import InputError, printable, save_table
-from .guard import hold_folder
+from .guard import hold_folder, make_scratch
 from .labels import LABELS
 from .cache import Decoder
 from .geometry import Geometry, find_geometry
@@ -188,7 +188,7 @@ def predict_files(
 ) -> int:  # studies with a readable slice
     "Write the tables, print the first studies. Raises `InputError` for whatever stops it."
     progress = progress or Progress()
-    with tempfile.TemporaryDirectory() as scratch:
+    with make_scratch() as scratch:
         try:
             export = index_export(inputs, scratch, partial(progress, "headers read"))
             tables.studies = len(export.studies)
@@ -207,18 +207,25 @@ def hash_model(folder: str | Path) -> str:  # model/ of a run; hexadecimal
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
-# %% ../nbs/36_deliver.ipynb #36-024
+# %% ../nbs/36_deliver.ipynb #36-023
+def hash_paths(inputs: Sequence[str]) -> str:  # files and folders; hexadecimal
+    "What tells the inputs of a run from others, without naming them."
+    return hashlib.sha256("\n".join(sorted({str(Path(path).resolve()) for path in inputs})).encode()).hexdigest()
+
+# %% ../nbs/36_deliver.ipynb #36-026
 @contextmanager
-def hold_folders(
+def hold_outputs(
+    table: Path,  # OUT.csv
     *folders: str,  # that are written; "" for none
 ) -> Iterator[None]:
-    "Hold each of the folders once. Raises `InputError` where another command writes there."
+    "Hold the table and each of the folders once. Raises `InputError` where another command writes there."
     with ExitStack() as held:
+        held.enter_context(hold_folder(table.resolve().parent, table, f".{table.name}.lock"))
         for folder in {Path(name).resolve(): name for name in folders if name}.values():
             held.enter_context(hold_folder(folder))
         yield
 
-# %% ../nbs/36_deliver.ipynb #36-026
+# %% ../nbs/36_deliver.ipynb #36-028
 def choose_writers(
     model_dir: str | Path,  # model/ of a run
     model: Model,
@@ -236,7 +243,7 @@ def choose_writers(
     ]
     return [writer for folder, writer in wanted if folder]
 
-# %% ../nbs/36_deliver.ipynb #36-028
+# %% ../nbs/36_deliver.ipynb #36-030
 @call_parse
 def ich_predict(
     model: str,  # model/ folder of a run
@@ -257,8 +264,8 @@ def ich_predict(
     check_folders(inputs, html=html, json=json, dicom=dicom)
     begun = {"model": hash_model(model), "version": importlib.metadata.version("ich_fastai"), "--series": series}
     begun |= {"--all-series": all_series, "--html": html, "--json": json, "--dicom": dicom}
-    begun |= {"--show-uids": show_uids}
-    with hold_folders(html, json, dicom), explain_stop(tables := Tables(paths[:3], begun, resume)):
+    begun |= {"--show-uids": show_uids, "input": hash_paths(inputs)}
+    with hold_outputs(paths[0], html, json, dicom), explain_stop(tables := Tables(paths[:3], begun, resume)):
         loaded, wanted = load_model(model, device or None), read_sample(submission) if submission else None
         writers = choose_writers(model, loaded, html, json, dicom, show_uids)
         n = predict_files(loaded, inputs, tables, writers, series=series, all_series=all_series)

@@ -8,7 +8,6 @@ __all__ = ['CALLS', 'SETS', 'DETAILS', 'SERIES_COLUMNS', 'SHORT', 'LEGEND', 'fin
            'summarize_studies', 'format_studies', 'plot_series', 'predict_held_out']
 
 # %% ../nbs/31_predict.ipynb #31-003
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .core import InputError, data_note, printable, read_stage, save_captioned, save_table
+from .guard import make_scratch
 from .labels import LABELS, LABEL_COLORS, LOGITS, find_dataset
 from .cache import Decoder
 from .model import Model, load_model
@@ -157,7 +157,7 @@ def see_study(
     pixels: dict | None = None,  # as `predict_survey` has it
 ) -> tuple[pd.DataFrame, Survey]:
     "What `predict_survey` gives, and the survey. Raises `InputError` when there is no usable series."
-    with tempfile.TemporaryDirectory() as scratch:
+    with make_scratch() as scratch:
         survey = survey_files(dicom, scratch, find_geometry(model.card), series, all_series)
         check_used(survey.series, len(survey.images))
         return predict_survey(model, survey, pixels), survey

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_map
 
 import ich_fastai
 from .core import COLORS, InputError, read_run_file, read_stage, save_figure, save_table
-from .core import stage_file, write_file
+from .core import stage_file, write_checked
 from .guard import checked
 from .labels import LABELS, LOGITS, SUBTYPES
 from .cache import read_size
@@ -208,7 +208,12 @@ class Checkpoint(Callback):
         plain = tree_map(lambda v: v.item() if isinstance(v, np.generic) else v, self.opt.state_dict())
         state |= {"optimizer": plain, "logits": journal.logits, "averaged": self.averaged().state_dict()}
         if self.dls.train.place.rank == 0:
-            write_file(self.path, lambda p: torch.save(state, p))
+            write_checked(self.path, lambda p: torch.save(state, p), behind=True)
+
+    def read(self, device="cpu") -> dict:  # {} where there is none of the same fingerprint
+        load = partial(torch.load, map_location=device, weights_only=True)
+        state = read_run_file(self.path, load, "delete it, to start anew") if self.path.is_file() else {}
+        return state if state.get("fingerprint") == self.fingerprint else {}
 
     def averaged(self) -> torch.nn.Module:
         average = getattr(self.learn, "average_weights", None)
@@ -216,10 +221,8 @@ class Checkpoint(Callback):
 
     def resume(self) -> int:  # epochs that are done
         "Take up the state of the file where there is one of the same fingerprint."
-        learner = self.learn
-        load = partial(torch.load, map_location=learner.dls.device, weights_only=True)
-        state = read_run_file(self.path, load, "delete it, to start anew") if self.path.is_file() else {}
-        if state.get("fingerprint") != self.fingerprint:
+        learner, state = self.learn, self.read(self.learn.dls.device)
+        if not state:
             return 0
         learner.create_opt()
         learner.model.load_state_dict(state["model"])

@@ -1,19 +1,24 @@
 """Fixtures that several test files share."""
 
 import json
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
+from PIL import Image
 
 from ich_fastai.labels import LABELS, LOGITS
+from ich_fastai.reproduce import prepare_data, read_preset
 from ich_fastai.tiny import tiny_cohort
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -40,26 +45,50 @@ KEPT |= {
 }
 
 
-def plant_canaries(dataset):
-    "A dataset of pydicom with a canary in every text element of DICOM's that a run has no use for, and in the private."
-    from pydicom import datadict
+NAMES = ("PatientName", "PatientBirthDate", "InstitutionName", "ReferringPhysicianName", "StudyDescription")
 
+
+def draw_canaries():
+    "A dataset of pydicom: a canary in every text element of DICOM's that a run has no use for, and in the private."
+    from pydicom import Dataset, datadict
+
+    dataset = Dataset()
     short = {"SH": f"{CANARY}_SH", "CS": "CANARY_CS", "AE": "CANARY_AE", "PN": f"{CANARY}^Ada", "DA": BORN}
     long = dict.fromkeys(("LO", "LT", "ST", "UT", "UC"), f"{CANARY} Hospital")
     for tag, (kind, _, _, retired, keyword) in datadict.DicomDictionary.items():
         plain = keyword and not retired and tag >> 16 not in (0x0000, 0x0002, 0x0004) and keyword not in KEPT
-        if plain and kind in short | long and keyword not in dataset:
+        if plain and kind in short | long:
             setattr(dataset, keyword, (short | long)[kind])
-    for keyword in ("PatientName", "PatientBirthDate", "InstitutionName", "ReferringPhysicianName", "StudyDescription"):
-        setattr(dataset, keyword, BORN if "Date" in keyword else f"{CANARY} Ada")
     dataset.private_block(0x0019, f"{CANARY} TEST", create=True).add_new(0x02, "LO", f"{CANARY} private")
     return dataset
 
 
+def plant_canaries(data_dir):
+    "Canaries into every file of a dataset in the RSNA layout that can be read."
+    import pydicom
+
+    canaries = list(draw_canaries())
+    for path in (data_dir / "stage_1_train_images").iterdir():
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the phantom's truncated file
+            dataset = pydicom.dcmread(path)
+            dataset.update({e.tag: e for e in canaries if e.keyword in NAMES or e.tag not in dataset})
+            dataset.save_as(path)
+
+
 def find_canaries(path):
-    "Canaries in a file's bytes, as text in UTF-8 or UTF-16."
-    data, words = Path(path).read_bytes(), (CANARY, BORN, "Hospital")
+    "Canaries in a file, packed or not: as text in UTF-8 or UTF-16."
+    data, words = Path(path).read_bytes() + unpack(Path(path)), (CANARY, BORN, "Hospital")
     return [word for word in words if word.encode() in data or word.encode("utf-16-le") in data]
+
+
+def unpack(path):
+    "What compression hides: the values of parquet, the members of a zip (npz, pt), the texts of a PNG."
+    if path.suffix == ".parquet":
+        return str(pq.read_table(path).to_pylist()).encode()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as packed:
+            return b"".join(map(packed.read, packed.namelist()))
+    return str(Image.open(path).info).encode() if path.suffix == ".png" else b""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -127,8 +156,9 @@ def command(warm, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_run(command, tmp_path_factory):
-    "A finished run of the tiny preset: the whole chain through papermill, on the phantom."
+    "A finished run of the tiny preset: the whole chain through papermill, on the phantom, its files full of canaries."
     run_dir = tmp_path_factory.mktemp("chain") / "run"
+    plant_canaries(prepare_data(None, run_dir, read_preset("tiny")))
     done = command("ich-reproduce", "--preset", "tiny", "--out", run_dir)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return run_dir, done

@@ -6,7 +6,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from conftest import PROJECT
+from conftest import CANARY, PROJECT, find_canaries
 
 from ich_fastai.core import InputError
 from ich_fastai.labels import LABELS, LOGITS
@@ -19,6 +19,15 @@ def test_the_chain_runs_and_prints_headline_and_report(tiny_run):
     assert "synthetic" in done.stdout and "any" in done.stdout
     assert max(len(line) for line in done.stdout.splitlines() if "Report: " not in line) <= 80
     assert [line.split()[0] for line in done.stdout.splitlines() if re.match(r"\d\d_", line)] == list(STAGES)
+
+
+def test_the_chain_names_nobody(tiny_run):
+    run_dir, done = tiny_run
+    planted = [path for path in (run_dir / "data" / "stage_1_train_images").iterdir() if len(find_canaries(path)) == 3]
+    written = [p for p in run_dir.rglob("*") if p.is_file() and run_dir / "data" not in p.parents]
+    assert len(planted) > 50 and {".parquet", ".npy", ".csv", ".ipynb", ".html", ".png"} <= {p.suffix for p in written}
+    assert not [p.name for p in written if find_canaries(p)]
+    assert CANARY not in done.stdout + done.stderr
 
 
 def test_the_parameters_arrived_in_each_notebook(tiny_run):

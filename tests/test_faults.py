@@ -1,5 +1,6 @@
 "Careless commands: parameters out of their range, two commands at once, Ctrl-C, a kernel that dies, a folder `dl`."
 
+import importlib
 import inspect
 import json
 import os
@@ -7,36 +8,38 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from numbers import Integral, Real
 
 import nbformat
 import numpy as np
 import pytest
-from conftest import PROJECT, find_canaries, plant_canaries
+from conftest import PROJECT
 from dicom_files import make_file
+from fastcore.script import anno_parser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dicom import gdcm_encode
 
+from ich_fastai import commands
 from ich_fastai.arms import train_arms
 from ich_fastai.batches import Settings, named_windows
 from ich_fastai.cohort import make_cohort
 from ich_fastai.controls import controls
-from ich_fastai.core import InputError
+from ich_fastai.core import InputError, save_json
 from ich_fastai.deliver import ich_predict
 from ich_fastai.evaluate import evaluate
 from ich_fastai.explain import explain
 from ich_fastai.external import import_pictures
-from ich_fastai.guard import LISTS, RANGES, check_ranges, hold_folder
+from ich_fastai.guard import LISTS, RANGES, check_ranges, hold_folder, make_scratch
 from ich_fastai.imbalance import compare
 from ich_fastai.ingest import ingest
-from ich_fastai.dicom import draw_figure_1
-from ich_fastai.labels import read_labels, tabulate_labels, undersample
+from ich_fastai.labels import undersample
 from ich_fastai.phantom import make_phantom
 from ich_fastai.recurrent import add_network
 from ich_fastai.reproduce import PHANTOM_PARAMETERS, STAGES, check_network, check_parameters, declared_parameters
-from ich_fastai.reproduce import parse_settings, run_notebook
+from ich_fastai.reproduce import parse_settings, prepare_run, run_notebook
 from ich_fastai.sequence import read_together
 from ich_fastai.tiny import tiny_phantom
 from ich_fastai.train import fit
@@ -246,6 +249,9 @@ def test_two_commands_on_one_folder_are_one_line(command, tmp_path):
         for folders in ({"html": str(tmp_path / "pages")}, {"json": str(tmp_path / "pages")}):
             with pytest.raises(InputError, match="pages: another command is writing there"):
                 ich_predict("nowhere", ["nowhere"], str(tmp_path / "out.csv"), **folders)
+    with hold_folder(tmp_path, lock_name=".out.csv.lock"):
+        with pytest.raises(InputError, match="out.csv: another command is writing there"):
+            ich_predict("nowhere", ["nowhere"], str(tmp_path / "out.csv"))
     assert done.returncode == 1 and "made: another command is writing there" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "made").exists()
 
@@ -330,25 +336,73 @@ def test_a_folder_named_dl_breaks_no_import(tmp_path):
     assert said[0].stdout == said[1].stdout and len(set(said[0].stdout.split()[:4])) == 1
 
 
-def test_a_run_names_nobody(tmp_path):
-    import pydicom
+def run_python(code, *arguments, **there):
+    "Python with the package, and what the environment adds."
+    there = {**os.environ, "PYTHONPATH": str(PROJECT)} | there
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=there, capture_output=True, text=True, timeout=120)
 
-    data, images = tmp_path / "data", tmp_path / "data" / "stage_1_train_images"
+
+COMMANDS = [name for name in vars(commands) if name.startswith("ich_")]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_without_the_module_is_the_modules_own(name):
+    module, function = getattr(commands, name).args
+    real = inspect.unwrap(getattr(importlib.import_module(f"ich_fastai.{module}"), function))
+    assert anno_parser(commands.read_signature(module, name)).format_help() == anno_parser(real).format_help()
+    script = f"{name.replace('_', '-')}=ich_fastai.commands:{name}"
+    assert script in (PROJECT / "settings.ini").read_text().split()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module", ["fastcore", "numpy", "torch"])
+def test_ctrl_c_while_python_imports_is_one_line(tmp_path, module, number):
+    (tmp_path / f"{module}.py").write_text(f"import os, time\nos.kill(os.getpid(), {number})\ntime.sleep(60)")
+    code = "from ich_fastai.commands import ich_predict; ich_predict()"
+    done = run_python(code, "nowhere", "nothing", PYTHONPATH=f"{tmp_path}{os.pathsep}{PROJECT}")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_a_command_is_its_own_line_and_130(tmp_path, number):
+    code = f"""import signal, ich_fastai.ingest as room; from ich_fastai.commands import ich_ingest
+room.ingest = lambda *_, **__: signal.raise_signal({number})
+ich_ingest()"""
+    done = run_python(code, tmp_path, "out")
+    assert (done.returncode, done.stderr) == (130, "out/cache: stopped; the same command goes on from here\n")
+
+
+def test_what_a_killed_command_had_unpacked_goes_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = """import os, sys; from ich_fastai.guard import make_scratch
+with make_scratch() as folder:
+    (folder / "a patient").touch()
+    os.kill(os.getpid(), int(sys.argv[1]))"""
+    with make_scratch() as held:
+        run_python(code, signal.SIGKILL, TMPDIR=str(tmp_path))
+        assert len(list(tmp_path.glob("ich-scratch-*/a patient"))) == 1
+        assert run_python(code, 0, TMPDIR=str(tmp_path)).returncode == 0
+        assert list(tmp_path.glob("ich-scratch-*/")) == [held], "one that is in use stays"
+    assert not list(tmp_path.iterdir())
+
+
+def test_from_and_resume_refuse_data_that_is_not_what_it_was(tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    images, csv = data / "stage_1_train_images", data / "stage_1_train.csv"
     images.mkdir(parents=True)
-    source = tiny_phantom()
-    (data / "stage_1_train.csv").write_bytes((source / "stage_1_train.csv").read_bytes())
-    for path in sorted((source / "stage_1_train_images").iterdir())[:20]:
-        try:
-            plant_canaries(pydicom.dcmread(path)).save_as(images / path.name)
-        except (OSError, ValueError, AttributeError):  # the phantom's truncated file
-            continue
-    planted = next(images.iterdir())
-    assert find_canaries(planted) and len(pydicom.dcmread(planted)) > 500
-    run = tmp_path / "run"
-    tabulate_labels(read_labels(data / "stage_1_train.csv"), run)
-    ingest(images, run / "cache", 64, workers=1)
-    make_cohort(run, n_folds=2)
-    draw_figure_1(images, run)
-    written = [p for p in run.rglob("*") if p.is_file()]
-    assert len(written) > 10
-    assert not [p.name for p in written if find_canaries(p)]
+    csv.write_text("ID,Label\n")
+    (images / "ID_1.dcm").write_bytes(b"one")
+    made = prepare_run("tiny", data, run, {}, ("01_labels",), False)
+    save_json(made.manifest | {"seconds": {"01_labels": 1.0}}, run / "manifest.json", checked=True)
+    for stages, resume in ((("40_paper",), False), (("01_labels",), True)):
+        prepare_run("tiny", data, run, {}, stages, resume)
+        before = (run / "manifest.json").read_bytes()
+        for path, other in ((csv, "ID,Label\n\n"), (images / "ID_1.dcm", "other"), (images / "ID_2.dcm", "two")):
+            kept = path.read_bytes() if path.exists() else None
+            path.write_text(other)
+            with pytest.raises(InputError, match="cannot go on, the data is not what it was; run without --resume"):
+                prepare_run("tiny", data, run, {}, stages, resume)
+            path.unlink() if kept is None else path.write_bytes(kept)
+        assert (run / "manifest.json").read_bytes() == before
+    prepare_run("tiny", data, run, {}, ("01_labels",), False)

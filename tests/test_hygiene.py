@@ -139,6 +139,7 @@ def test_the_version_is_one():
     version = re.search(r"(?m)^version = (.+)$", (PROJECT / "settings.ini").read_text()).group(1)
     assert f"\nversion: {version}\n" in (PROJECT / "CITATION.cff").read_text()
     assert f"## {version} " in (PROJECT / "CHANGELOG.md").read_text()
+    assert (PROJECT / "ich_fastai" / "__init__.py").read_text() == f'__version__ = "{version}"\n'
 
 
 def test_nothing_committed_carries_a_machine_path_or_registry():
@@ -179,7 +180,7 @@ def test_wheel_installs_in_an_empty_environment(tmp_path):
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
     (tmp_path / "deps.pth").write_text(sysconfig.get_path("purelib"))
     shutil.copy(tmp_path / "deps.pth", site)
-    for name in ("ich-reproduce", "ich-phantom", "ich-ingest", "ich-predict", "ich-onnx"):
+    for name in ("ich-reproduce", "ich-phantom", "ich-ingest", "ich-predict", "ich-validate", "ich-onnx"):
         assert "usage" in run(tmp_path / "env" / "bin" / name, "--help", cwd=tmp_path)
     where = run(python, "-c", "import ich_fastai; print(ich_fastai.__file__)", cwd=tmp_path)
     assert str(tmp_path) in where, "the installed wheel is what ran"

@@ -10,7 +10,7 @@ import pytest
 
 from ich_fastai import tables as tables_module
 from ich_fastai.core import InputError
-from ich_fastai.deliver import MOST, Screen, explain_stop, predict_files
+from ich_fastai.deliver import MOST, Screen, explain_stop, ich_predict, predict_files
 from ich_fastai.exports import View, write_view
 from ich_fastai.head import draw_head, make_rng
 from ich_fastai.images import OTHER, index_export
@@ -141,6 +141,22 @@ def test_another_run_is_not_gone_on_with(model, folder, once, tmp_path, change):
         tables = start(tmp_path, resume=True, **begun | {change: "b"} if change in begun else begun)
         predict_files(model, [*map(str, files)], tables)
     assert "\n" not in str(e.value)
+
+
+def test_resume_wants_the_input_and_the_model_that_it_began_with(simulated_run, model, folder, tmp_path):
+    weights, out = tmp_path / "model", str(tmp_path / "out.csv")
+    shutil.copytree(simulated_run / "model", weights)
+    ich_predict(str(weights), [str(folder / "P0")], out)
+    before = (tmp_path / "out.csv").read_bytes()
+    ich_predict(str(weights), [f"{folder}/P2/../P0"], out, resume=True)
+    with pytest.raises(InputError, match="begun with another input; give the same, or start without --resume") as e:
+        ich_predict(str(weights), [str(folder / "P2")], out, resume=True)
+    assert str(folder) not in (tmp_path / "out-finished.jsonl").read_text() and "\n" not in str(e.value)
+    with open(weights / "model.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match="begun with another model; give the same"):
+        ich_predict(str(weights), [str(folder / "P0")], out, resume=True)
+    assert (tmp_path / "out.csv").read_bytes() == before
 
 
 def test_nothing_usable_leaves_no_table(model, folder, tmp_path):
