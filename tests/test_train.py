@@ -253,6 +253,19 @@ def test_a_run_killed_in_an_arm_keeps_the_finished_ones(short_run, monkeypatch):
     assert not list(run_dir.rglob("checkpoints"))
 
 
+def test_two_processes_make_the_same_networks_as_one(short_run, tmp_path):
+    run_dir, train_them = short_run
+    assert train_them("none+none", workers=1) == {"none+none/seed-42": 1, "none+none/seed-43": 1}
+    one = {k: table for _, k, table in read_arms(run_dir)}
+    shutil.move(run_dir / "arms", tmp_path / "one")
+    assert train_them("none+none", workers=2) == {"none+none/seed-42": 1, "none+none/seed-43": 1}
+    for k, table in ((k, table) for _, k, table in read_arms(run_dir)):
+        assert table.equals(one[k]) and same_weights(
+            *(home / f"none+none/seed-{k}" for home in (tmp_path / "one", run_dir / "arms"))
+        )
+    assert not one[42][LOGITS].equals(one[43][LOGITS])
+
+
 def test_what_would_come_out_otherwise_is_trained_again(short_run, cohort):
     run_dir, train_them = short_run
     assert list(train_them("none+none").values()) == [1, 1]
