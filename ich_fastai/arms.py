@@ -47,7 +47,7 @@ def plan_arms(
         main = Settings(**read_stage(run_dir, "model/model.json")["settings"])
     except (KeyError, TypeError) as e:
         raise InputError(f"{run_dir}/model/model.json: of another version; run notebook 12 again") from e
-    base = replace(main, epochs=epochs or main.epochs, epoch_size=epoch_size or main.epoch_size)
+    base = replace(main, epochs=epochs or main.epochs, epoch_size=epoch_size or main.epoch_size, networks=1)
     each = {arm: base.with_arm(arm) for arm in arms}  # a wrong one is known before the first is trained
     home, numbers = Path(run_dir) / "arms", range(main.seed, main.seed + seeds)
     return [

@@ -59,6 +59,7 @@ class Settings:
     balance: str = "undersample"  # of the training slices; or "none"
     class_weights: str = "inverse"  # of the loss terms; or "none", "competition"
     seed: int = 42  # of order, augmentation and initial weights
+    networks: int = 1  # trained alike but for the seed: this one and those after it; their mean is the model
     ema: float = 0.0  # decay of the running average of the weights, which is kept; 0: none
     mirror: bool = False  # predict each slice mirrored too, and average
 

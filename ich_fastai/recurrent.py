@@ -229,8 +229,9 @@ def add_network(
 ) -> pd.DataFrame:  # the run's predictions
     "Write what a recurrent network adds, and the network. An earlier one goes first. Raises `InputError` for folds."
     run_dir, smooth = Path(run_dir), read_stage(run_dir, "model/model.json").get("smooth", 0.0)
-    if recurrent and read_stage(run_dir, "predictions.parquet")["fold"].nunique() > 1:
-        raise InputError(f"recurrent={recurrent}: reads the features of one network; hold out one fold, or set it to 0")
+    alike = read_stage(run_dir, "model/model.json")["settings"].get("networks", 1)
+    if recurrent and (alike > 1 or read_stage(run_dir, "predictions.parquet")["fold"].nunique() > 1):
+        raise InputError(f"recurrent={recurrent}: reads the features of one network; train one, or set it to 0")
     table = read_together(run_dir, smooth)
     if recurrent:
         from safetensors.torch import save_file

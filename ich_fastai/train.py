@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHT_DECAY', 'CODE', 'SLICES_A_PROCESS', 'split_decay', 'make_learner', 'score_logits', 'gather_rows', 'Journal',
            'StopOnNonFinite', 'AverageWeights', 'FollowEpochs', 'Checkpoint', 'ShardedTrainer', 'fingerprint', 'Fold',
-           'fit_fold', 'count_seen', 'run_trainings', 'fit', 'plot_history', 'train']
+           'fit_fold', 'count_seen', 'are_shared', 'run_trainings', 'average_folds', 'fit', 'plot_history', 'train']
 
 # %% ../nbs/12_train.ipynb #12-002
 import hashlib
@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -308,7 +308,9 @@ def fit_fold(
     torch.manual_seed(settings.seed)
     network = build_model(settings.arch, settings.n_in, settings.pretrained_from, settings.image_size)
     journal = Journal(progress and place.rank == 0, f"fold {fold}")
-    checkpoint = Checkpoint(Path(folder) / f"fold-{fold}.pt", fingerprint(settings, read_size(cache_dir), rows))
+    checkpoint = Checkpoint(
+        Path(folder) / f"fold-{fold}-seed-{settings.seed}.pt", fingerprint(settings, read_size(cache_dir), rows)
+    )
     average = [AverageWeights(network.to(place.device), settings.ema)] if settings.ema else []
     callbacks = [FollowEpochs(), journal, StopOnNonFinite(), *average, checkpoint]
     learner = make_learner(dls, network, make_loss(weights, place.device), callbacks)
@@ -318,7 +320,7 @@ def fit_fold(
     facts |= {"loss_weights": weights.round(6).to_dict(), "fingerprint": checkpoint.fingerprint}
     predictions = _prediction_table(cohort[cohort["fold"] == fold], journal.logits.numpy(), keep_rate)
     kept = average[0].ema.module if average else learner.model
-    return Fold(kept, predictions, pd.DataFrame(journal.history).assign(fold=fold), facts)
+    return Fold(kept, predictions, pd.DataFrame(journal.history).assign(fold=fold, seed=settings.seed), facts)
 
 # %% ../nbs/12_train.ipynb #12-044
 def count_seen(
@@ -331,6 +333,12 @@ def count_seen(
 
 # %% ../nbs/12_train.ipynb #12-046
 SLICES_A_PROCESS = 1000  # to train on; with fewer it takes longer to start the process
+
+
+def are_shared() -> bool:
+    "Do several trainings run side by side here? Not where one keeps a GPU, or several processes, busy."
+    place = find_place()
+    return place.device.type == "cpu" and place.processes == 1
 
 
 def _run_there(training: list, number: int) -> None:  # its name, and the call
@@ -346,10 +354,9 @@ def run_trainings(
     progress: bool = False,  # show a bar of those in this process
 ) -> None:
     "Run the trainings: on a CPU side by side, in this process and in others."
-    place = find_place()
     todo: dict[int, Any] = {k: [name, call] for k, (name, call) in enumerate(calls.items())}
     n = min(workers or min(count_cores(), slices // SLICES_A_PROCESS), len(calls)) - 1  # besides this one
-    if n < 1 or place.device.type == "cuda" or place.processes > 1:
+    if n < 1 or not are_shared():
         for call in calls.values():
             call(progress=progress)
         return
@@ -361,13 +368,35 @@ def run_trainings(
     run_shards(todo, _run_there, partial(local_pool, n), lambda _: None, run_here, ahead)
 
 # %% ../nbs/12_train.ipynb #12-049
+def average_folds(
+    each: Sequence[Fold],  # of the same fold, one or more networks
+) -> Fold:  # its network an `Average` where there are several
+    "The mean of networks that differ in their seed."
+    if len(each) == 1:
+        return each[0]
+    logits = np.mean([fold.predictions[LOGITS].to_numpy(np.float64) for fold in each], 0)
+    table = each[0].predictions.copy()
+    table[LOGITS] = logits.astype(np.float32)
+    history = pd.concat([fold.history for fold in each], ignore_index=True)
+    return Fold(Average([fold.network for fold in each]), table, history, each[0].facts)
+
+# %% ../nbs/12_train.ipynb #12-052
+def _fit_networks(one: Callable, folds, settings: Settings, slices: int, workers: int, progress: bool) -> list[Fold]:
+    "The networks of each fold; those of other processes are taken up from their checkpoints."
+    alike = [replace(settings, seed=settings.seed + k, networks=1) for k in range(settings.networks)]
+    calls = {f"fold {k}, seed {s.seed}": partial(one, fold=k, settings=s) for k in folds for s in alike}
+    if len(calls) > 1 and are_shared():
+        run_trainings(calls, len(alike) * slices, workers, progress)
+    return [call(progress=progress) for call in calls.values()]
+
+
 @checked
 def fit(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,
     *,
     out: str | Path | None = None,  # where model/ and predictions.parquet go; the run's folder by default
-    folds: Sequence[int] = (0,),  # to hold out, each with a network of its own
+    folds: Sequence[int] = (0,),  # to hold out, each with networks of its own
     workers: int = 0,  # processes on a CPU, of several folds; 0 for as many as the cores and the slices allow
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # predictions of every slice of the held-out folds
@@ -377,21 +406,21 @@ def fit(
     if set(folds) - set(known):
         raise InputError(f"folds={list(folds)}: must be some of {known}, each once")
     checkpoints = out / "model" / "checkpoints"
-    if len(folds) > 1:  # side by side; what comes out is in the checkpoints
-        each = {f"fold {k}": partial(fit_fold, cohort, cache_dir, k, settings, checkpoints) for k in folds}
-        run_trainings(each, sum(count_seen(cohort, k, settings) for k in folds), workers, progress)
-    done = [fit_fold(cohort, cache_dir, fold, settings, checkpoints, progress) for fold in folds]
+    one = partial(fit_fold, cohort, cache_dir, folder=checkpoints)
+    each = _fit_networks(one, folds, settings, sum(count_seen(cohort, k, settings) for k in folds), workers, progress)
+    done = [average_folds([fold for fold in each if fold.facts["fold"] == k]) for k in folds]
     predictions = pd.concat([fold.predictions for fold in done], ignore_index=True)
     if find_place().rank == 0:
         card = make_card(settings, read_size(cache_dir), [f.facts for f in done], describe_data(run_dir, cohort))
         save_table(pd.concat([fold.history for fold in done]), out / "model" / "history.csv")
         save_table(predictions, out / "predictions.parquet")
-        networks = [fold.network for fold in done]
-        save_model(Average(networks) if len(networks) > 1 else networks[0], card, out / "model")
+        alone = pd.concat([fold.predictions.assign(seed=fold.history["seed"].iloc[0]) for fold in each])
+        save_table(alone[["SOPInstanceUID", "seed", *LOGITS]], out / "model" / "networks.parquet")
+        save_model(Average([fold.network for fold in done]), card, out / "model")
         shutil.rmtree(checkpoints, ignore_errors=True)
     return predictions
 
-# %% ../nbs/12_train.ipynb #12-052
+# %% ../nbs/12_train.ipynb #12-055
 def plot_history(
     history: pd.DataFrame,  # history.csv, or that of several trainings
     by: str = "fold",  # column: a color each
@@ -412,7 +441,7 @@ def plot_history(
     fig.legend(loc="outside lower center", ncols=4)
     return fig
 
-# %% ../nbs/12_train.ipynb #12-054
+# %% ../nbs/12_train.ipynb #12-057
 def train(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,
@@ -425,7 +454,9 @@ def train(
 
     predictions = fit(run_dir, settings, folds=folds, progress=progress)
     if find_place().rank == 0:
-        fig = plot_history(read_stage(run_dir, "model/history.csv"))
+        history = read_stage(run_dir, "model/history.csv")
+        names = history["fold"].astype(str) + ", seed " + history["seed"].astype(str)
+        fig = plot_history(history.assign(fold=names))
         save_figure(fig, Path(run_dir) / "figures" / "loss.svg")
         plt.close(fig)
     return predictions
