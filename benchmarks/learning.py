@@ -2,11 +2,11 @@
 
 python benchmarks/learning.py [--work FOLDER] [--seeds 3] [--only PART] [--report]
 
-A phantom of 160 patients: 60 to train on, in five folds, 100 that no network sees. Small networks at 64 px. Each
+A phantom of 220 patients: 120 to train on, in five folds, 100 that no network sees. Small networks at 64 px. Each
 training is a cell: its logits of the 100 patients are written at once, as the slices are and mirrored, and the same
 command goes on with the cells that are missing. Differences are paired, with 95% intervals over seeds and patients
 (notebook 25). --report trains none: it prints the tables and draws benchmarks/learning.svg.
---of RUN takes the networks of a finished run's comparison (arms/) instead, on all 160 patients.
+--of RUN takes the networks of a finished run's comparison (arms/) instead, on all 220 patients.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from ich_fastai.train import AverageWeights, FollowEpochs, StopOnNonFinite, make
 
 warnings.filterwarnings("ignore")
 
-TRAINED, UNSEEN, TEST = 60, 100, 5  # patients; the fold of those that no network sees
+TRAINED, UNSEEN, TEST = 120, 100, 5  # patients; the fold of those that no network sees
 BASE = Settings(
     image_size=64,
     windows=named_windows(["brain", "subdural", "bone"]),

@@ -9,6 +9,7 @@ __all__ = ['Training', 'plan_arms', 'is_trained', 'remove_stale', 'train_arms', 
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from .labels import LABELS
 from .cache import read_size
 from .cohort import training_rows
 from .batches import Settings, find_place
-from .train import fingerprint, fit
+from .train import count_seen, fingerprint, fit, run_trainings
 from .sequence import place_slices
 
 # %% ../nbs/16_arms.ipynb #16-007
@@ -46,7 +47,7 @@ def plan_arms(
         main = Settings(**read_stage(run_dir, "model/model.json")["settings"])
     except (KeyError, TypeError) as e:
         raise InputError(f"{run_dir}/model/model.json: of another version; run notebook 12 again") from e
-    base = replace(main, epochs=epochs or main.epochs, epoch_size=epoch_size or main.epoch_size)
+    base = replace(main, epochs=epochs or main.epochs, epoch_size=epoch_size or main.epoch_size, networks=1)
     each = {arm: base.with_arm(arm) for arm in arms}  # a wrong one is known before the first is trained
     home, numbers = Path(run_dir) / "arms", range(main.seed, main.seed + seeds)
     return [
@@ -93,20 +94,21 @@ def train_arms(
     seeds: int = 3,  # of each arm
     epochs: int = 0,  # of each training; 0 for the main model's
     epoch_size: int = 0,  # slices an epoch; 0 for the main model's
+    workers: int = 0,  # processes on a CPU; 0 for as many as the cores and the slices allow
     progress: bool = False,  # show a bar
 ) -> dict[str, int]:  # arm/seed: 1 where it was trained now, 0 where it was there
     "Train what is not there yet into arms/, remove what is stale. Killed, the same call goes on."
+    check_ranges(workers=workers)
     trainings = plan_arms(run_dir, arms, seeds, epochs, epoch_size)
     cohort, cache_size = read_stage(run_dir, "cohort.parquet"), read_size(stage_file(run_dir, "cache"))
-    fold, done = read_stage(run_dir, "model/model.json")["training"]["folds"][0]["fold"], {}
+    fold = read_stage(run_dir, "model/model.json")["training"]["folds"][0]["fold"]
     if find_place().rank == 0:
         remove_stale(run_dir, trainings)
-    for t in trainings:
-        todo = not is_trained(t, cohort, cache_size, fold)
-        if todo:
-            fit(run_dir, t.settings, out=t.folder, folds=[fold], progress=progress)
-        done[f"{t.arm}/seed-{t.seed}"] = int(todo)
-    return done
+    todo = [t for t in trainings if not is_trained(t, cohort, cache_size, fold)]
+    name = "{0.arm}/seed-{0.seed}".format
+    calls = {name(t): partial(fit, run_dir, t.settings, out=t.folder, folds=[fold]) for t in todo}
+    run_trainings(calls, sum(count_seen(cohort, fold, t.settings) for t in todo), workers, progress)
+    return {name(t): int(name(t) in calls) for t in trainings}
 
 # %% ../nbs/16_arms.ipynb #16-020
 def read_arms(

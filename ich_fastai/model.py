@@ -298,6 +298,12 @@ def save_model(
             path.unlink()
 
 # %% ../nbs/11_model.ipynb #11-046
+def _build_alike(settings: Settings) -> torch.nn.Module:
+    "The network, or as many as are trained alike."
+    each = [build_model(settings.arch, settings.n_in, image_size=settings.image_size) for _ in range(settings.networks)]
+    return Average(each) if len(each) > 1 else each[0]
+
+
 def load_model(
     folder: str | Path,  # model/ of a run
     device: str | None = None,  # "cuda", "cpu"; CUDA where there is one by default
@@ -320,7 +326,7 @@ def load_model(
     try:
         settings, networks = Settings(**card["settings"]), []
         for state in states[: len(names)]:
-            networks.append(build_model(settings.arch, settings.n_in, image_size=settings.image_size))
+            networks.append(_build_alike(settings))
             networks[-1].load_state_dict(state)
         network = networks[0] if len(networks) == 1 and not settings.mirror else Average(networks, settings.mirror)
     except Exception as e:  # whatever settings and weights of another version make them raise

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import pydicom
 from fastcore.script import call_parse
 
 from .core import MARKED, InputError, add_checksum, data_note, read_run_file, save_json
@@ -321,10 +322,11 @@ def read_mask(
     path = data_dir / "masks" / f"{sop_instance_uid}.png"
     if path.is_file():
         return np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED))
-    if not (data_dir / "stage_1_train_images" / f"{sop_instance_uid}.dcm").is_file():
+    file = data_dir / "stage_1_train_images" / f"{sop_instance_uid}.dcm"
+    if not file.is_file():
         raise InputError(f"{data_dir}: this phantom has no slice {sop_instance_uid}")
-    truth = read_run_file(data_dir / "truth.parquet").set_index("SOPInstanceUID")
-    return np.zeros((640, 540) if "odd_size" in truth.loc[sop_instance_uid, "traps"] else (512, 512), np.uint8)
+    header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+    return np.zeros((header.Rows, header.Columns), np.uint8)
 
 # %% ../nbs/06_phantom.ipynb #06-047
 @call_parse

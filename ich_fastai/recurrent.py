@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'BATCH', 'CHECKS', 'PARTS', 'order_series', 'Scans', 'make_scans', 'pad_rows', 'SeriesNetwork', 'run_network',
-           'masked_loss', 'one_thread', 'fit_network', 'cross_fit_series', 'see_features', 'join_views',
-           'add_recurrent', 'add_network', 'predict_series']
+           'masked_loss', 'fit_network', 'cross_fit_series', 'see_features', 'join_views', 'add_recurrent',
+           'add_network', 'predict_series']
 
 # %% ../nbs/17_recurrent.ipynb #17-003
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 from .core import MARKED, InputError, read_stage, save_json, save_table, stage_file, write_checked
 from .guard import checked
 from .labels import LABELS, LOGITS
-from .batches import Place, SliceBatches
+from .batches import Place, SliceBatches, one_thread
 from .model import Model, keep_features, load_model, predict_logits
 from .sequence import ADDED, read_together, smooth_logits, split_patients
 
@@ -121,17 +119,6 @@ def masked_loss(
     return (weight * loss).sum() / weight.sum()
 
 # %% ../nbs/17_recurrent.ipynb #17-024
-@contextmanager
-def one_thread() -> Iterator[None]:
-    "torch on one thread: with more, a small recurrent network waits most of the time."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 STEPS, BATCH, CHECKS = 200, 8, 20  # the fewest steps of a fit; series a step; looks at the patients set aside
 
 
@@ -242,8 +229,9 @@ def add_network(
 ) -> pd.DataFrame:  # the run's predictions
     "Write what a recurrent network adds, and the network. An earlier one goes first. Raises `InputError` for folds."
     run_dir, smooth = Path(run_dir), read_stage(run_dir, "model/model.json").get("smooth", 0.0)
-    if recurrent and read_stage(run_dir, "predictions.parquet")["fold"].nunique() > 1:
-        raise InputError(f"recurrent={recurrent}: reads the features of one network; hold out one fold, or set it to 0")
+    alike = read_stage(run_dir, "model/model.json")["settings"].get("networks", 1)
+    if recurrent and (alike > 1 or read_stage(run_dir, "predictions.parquet")["fold"].nunique() > 1):
+        raise InputError(f"recurrent={recurrent}: reads the features of one network; train one, or set it to 0")
     table = read_together(run_dir, smooth)
     if recurrent:
         from safetensors.torch import save_file

@@ -136,10 +136,10 @@ def check_parameters(
         raise InputError(f"parameter {fixed}: the run sets it; use --data and --out")
     params = {name: _coerce(name, value, kinds[name]) for name, value in params.items()}
     check_ranges(**params)
-    if params.get("recurrent") and len(params.get("folds", ())) > 1:
-        raise InputError(
-            f"recurrent={params['recurrent']}: reads one network's features; give one of folds, or set it to 0"
-        )
+    several = len(params.get("folds", ())) > 1 or params.get("networks", 1) > 1
+    if params.get("recurrent") and several:
+        what = "reads one network's features; give one of folds and networks=1, or set it to 0"
+        raise InputError(f"recurrent={params['recurrent']}: {what}")
     return params
 
 # %% ../nbs/42_reproduce.ipynb #42-023

@@ -25,7 +25,7 @@ from ich_fastai.explain import bleeding_area
 from ich_fastai.ingest import ingest
 from ich_fastai.labels import find_dataset
 from ich_fastai.model import WEIGHTS, load_model
-from ich_fastai.phantom import make_phantom, read_mask
+from ich_fastai.phantom import make_phantom
 from ich_fastai.report import sum_written, write_report
 from ich_fastai.outputs import copy_outputs
 from ich_fastai.reproduce import print_headline
@@ -93,11 +93,6 @@ def read_networks(run):
     return [float(w.double().sum()) for w in (*model.network.state_dict().values(), *model.recurrent.values())]
 
 
-def read_masks(run):
-    truth = pd.read_parquet(tiny_phantom() / "truth.parquet")
-    return read_mask(run / "data", truth.loc[truth["any"] == 0, "SOPInstanceUID"].iloc[0])
-
-
 def gather(run):
     "All slices of the cache."
     return Cache(run / "few" / "cache").gather(np.arange(12))
@@ -153,7 +148,7 @@ READERS = {  # file: what reads it, and a word that the message must have where 
     "few/cache/shard-00000.parquet": [(gather, "08_ingest"), (ingest_again, "")],
     "few/cache/shard-00000.npy": [(gather, "08_ingest")],
     "data/phantom.json": [(lambda run: make_phantom(run / "data", 12, 7, slices_per_series=(8, 8)), "delete")],
-    "data/truth.parquet": [(read_masks, "06_phantom"), (lambda run: bleeding_area(run / "data", IDS), "06_phantom")],
+    "data/truth.parquet": [(lambda run: bleeding_area(run / "data", IDS), "06_phantom")],
     "manifest.json": [(report, "ich-reproduce"), (headline, "ich-reproduce"), (copy_back, "ich-reproduce")],
     "notebooks/16_arms.ipynb": [(report, "--from 22"), (copy_back, "--from 22")],
     "metrics.csv": [(report, "--from 22")],

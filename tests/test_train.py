@@ -27,6 +27,7 @@ from ich_fastai.cohort import training_rows
 from ich_fastai.core import InputError, read_stage, save_table
 from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.metrics import weighted_log_loss
+from ich_fastai.recurrent import add_network
 from ich_fastai.reproduce import STAGES, check_parameters, declared_parameters, read_preset
 from ich_fastai.model import (
     PACKAGED,
@@ -175,6 +176,22 @@ def test_a_model_of_two_folds_averages_two_networks(trained, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_networks_that_differ_in_their_seed_are_averaged_and_kept_alone(cohort, tmp_path):
+    run_dir, plain = run_folder(tmp_path / "run", cohort), run_folder(tmp_path / "plain", cohort)
+    predictions = fit(run_dir, replace(QUICK, networks=2))
+    alone = {seed: of[LOGITS].to_numpy() for seed, of in read_stage(run_dir, "model/networks.parquet").groupby("seed")}
+    assert list(alone) == [QUICK.seed, QUICK.seed + 1] and not np.allclose(*alone.values(), atol=1e-2)
+    assert np.allclose(predictions[LOGITS], np.mean(list(alone.values()), 0), atol=1e-5)
+    assert np.array_equal(fit(plain, replace(QUICK, seed=QUICK.seed + 1))[LOGITS], alone[QUICK.seed + 1])
+    model = load_model(run_dir / "model", "cpu", first=True)
+    batches = SliceBatches(cohort[cohort["fold"] == 0], run_dir / "cache", QUICK, train=False)
+    with torch.no_grad():
+        assert np.allclose(torch.cat([model.network(x) for x, _ in batches]), predictions[LOGITS], atol=1e-4)
+    assert model.card["networks"] == ["weights.safetensors"] and set(history_of(run_dir)["seed"]) == set(alone)
+    with pytest.raises(InputError, match="one network"):
+        add_network(run_dir, recurrent=8)
+
+
 def test_averaged_weights_and_mirrored_slices_are_what_predicts_and_what_is_kept(cohort, tmp_path):
     settings = replace(QUICK, epochs=2, ema=0.9, mirror=True)
     run_dir, plain = run_folder(tmp_path / "run", cohort), run_folder(tmp_path / "plain", cohort)
@@ -255,6 +272,19 @@ def test_a_run_killed_in_an_arm_keeps_the_finished_ones(short_run, monkeypatch):
     done = train_them("none+none", "none+inverse")
     assert list(done.values()) == [0, 0, 1, 1] and before.items() <= arm_times(run_dir).items()
     assert not list(run_dir.rglob("checkpoints"))
+
+
+def test_two_processes_make_the_same_networks_as_one(short_run, tmp_path):
+    run_dir, train_them = short_run
+    assert train_them("none+none", workers=1) == {"none+none/seed-42": 1, "none+none/seed-43": 1}
+    one = {k: table for _, k, table in read_arms(run_dir)}
+    shutil.move(run_dir / "arms", tmp_path / "one")
+    assert train_them("none+none", workers=2) == {"none+none/seed-42": 1, "none+none/seed-43": 1}
+    for k, table in ((k, table) for _, k, table in read_arms(run_dir)):
+        assert table.equals(one[k]) and same_weights(
+            *(home / f"none+none/seed-{k}" for home in (tmp_path / "one", run_dir / "arms"))
+        )
+    assert not one[42][LOGITS].equals(one[43][LOGITS])
 
 
 def test_what_would_come_out_otherwise_is_trained_again(short_run, cohort):
