@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_FILES', 'CQ500_NAMES', 'KEYS', 'ADAPTERS', 'read_datasets', 'find_facts', 'check_independent', 'Dataset',
-           'read_dicom', 'read_csv', 'to_labels', 'join_files', 'read_cq500', 'read_boxes', 'find_folder', 'open_cq500',
-           'list_headers', 'join_headers', 'open_headers', 'open_rsna', 'open_folder', 'stack_volume', 'read_numbered',
-           'open_volumes', 'open_ct_ich', 'open_instance', 'open_pictures', 'open_dataset']
+           'square_field', 'read_dicom', 'read_csv', 'to_labels', 'join_files', 'read_cq500', 'read_boxes',
+           'find_folder', 'open_cq500', 'list_headers', 'join_headers', 'open_headers', 'open_rsna', 'open_folder',
+           'stack_volume', 'read_numbered', 'open_volumes', 'open_ct_ich', 'open_instance', 'open_pictures',
+           'open_dataset']
 
 # %% ../nbs/38_datasets.ipynb #38-002
 import json
@@ -93,6 +94,14 @@ class Dataset:
             raise InputError(f"{self.facts.name}, study {study}: {e}") from e
 
 # %% ../nbs/38_datasets.ipynb #38-013
+def square_field(
+    shape: tuple[int, ...],  # rows, columns of a slice
+    pixel_mm: float,
+) -> float:  # mm; NaN where it is not square, or not known
+    "The side of a slice's field of view."
+    return shape[0] * pixel_mm if len(shape) == 2 and shape[0] == shape[1] else math.nan
+
+
 def read_dicom(
     files: dict[str, list[Path]],  # of each study: files and folders
     study: str,
@@ -110,7 +119,10 @@ def read_dicom(
             row = next(table[table["used"]].itertuples())
             stack = read_series(images.loc[row.images], row, size, geometry, decoder)
     errors = {images.at[i, "SOPInstanceUID"]: why for i, why in stack.errors.items()}
-    return stack._replace(errors=errors), table.reindex(columns=[*SERIES_COLUMNS, "scanner"])  # nobody's name
+    shape = sum(images.loc[row.images[0], ["Rows", "Columns"]], ())
+    table.loc[table["used"], "field_mm"] = square_field(shape, row.pixel_mm)
+    table = table.reindex(columns=[*SERIES_COLUMNS, "field_mm", "scanner"])  # nobody's name
+    return stack._replace(errors=errors), table
 
 # %% ../nbs/38_datasets.ipynb #38-016
 def read_csv(
@@ -303,6 +315,8 @@ def stack_volume(
     ids, notes = tuple(names[k] for k in order), [volume.note] * bool(volume.note) + stack.notes
     gap = float(np.median(np.diff(stack.z_mm))) if len(order) > 1 else math.nan
     about = {"study": study, "slices": len(order), "spacing_mm": gap, "pixel_mm": volume.spacing[1]}
+    shape = next((x.shape for x in volume.slices if isinstance(x, np.ndarray)), ())
+    about["field_mm"] = square_field(shape, volume.spacing[0])
     table = pd.DataFrame([about | {"used": True, "reason": "", "notes": "; ".join(notes)}])
     errors = {ids[k]: why for k, why in stack.errors.items()}
     return stack._replace(ids=ids, errors=errors, notes=notes), table

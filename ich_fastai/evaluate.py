@@ -52,7 +52,8 @@ def level_metrics(
             threshold = d.threshold if kind == "calibrated" else None
             score = d.x if kind == "calibrated" else None
             p = getattr(d, kind)
-            table = metrics_table(d.y, p, d.patients, threshold, score=score, n_boot=n_boot, seed=seed)
+            how = {"score": score, "labels": d.known, "n_boot": n_boot, "seed": seed}
+            table = metrics_table(d.y, p, d.patients, threshold, **how)
             table.insert(0, "level", level)
             table.insert(2, "probabilities", kind)
             tables.append(table)
@@ -67,20 +68,21 @@ def plot_auc(
     import matplotlib.pyplot as plt
 
     rows = metrics[(metrics["metric"] == "auc") & (metrics["probabilities"] == "calibrated")]
-    fig, ax = plt.subplots(figsize=(7.4, 4.2))
+    labels = list(dict.fromkeys(rows["label"]))
+    fig, ax = plt.subplots(figsize=(7.4, 1.2 + 0.5 * len(labels)))
     for r in rows.to_dict("records"):
         estimate, by_study, color = Estimate(*(r[c] for c in ESTIMATE)), r["level"] == "study", LABEL_COLORS[r["label"]]
-        y = LABELS.index(r["label"]) + (0.2 if by_study else -0.2)
+        y = labels.index(r["label"]) + (0.2 if by_study else -0.2)
         ax.text(1.02, y, f"{r['level']}: {estimate}", transform=ax.get_yaxis_transform(), fontsize=9, va="center")
         if estimate.has_interval:
             ax.plot([estimate.low, estimate.high], [y, y], color=color, lw=1.5)
         if estimate.has_value:
             ax.plot(estimate.value, y, "s" if by_study else "o", color=color, mfc="white" if by_study else color)
     share = rows[rows["level"] == "slice"].set_index("label")["prevalence"]
-    ax.set_yticks(range(len(LABELS)), [f"{label}\n{100 * share[label]:.1f}% of slices" for label in LABELS])
+    ax.set_yticks(range(len(labels)), [f"{label}\n{100 * share[label]:.1f}% of slices" for label in labels])
     ax.axvline(0.5, color="black", lw=0.8, ls=":")
     lowest = float(rows[["low", "value"]].astype(float).min(axis=None))
-    ax.set(xlim=(np.nanmin([0.45, lowest - 0.02]), 1.01), ylim=(len(LABELS) - 0.5, -0.5))
+    ax.set(xlim=(np.nanmin([0.45, lowest - 0.02]), 1.01), ylim=(len(labels) - 0.5, -0.5))
     ax.set(xlabel="AUC with 95% interval by patient (filled: slice, open: study)")
     ax.set_title(f"Held-out patients{note and ', ' + note}")
     return fig
@@ -113,7 +115,7 @@ def reliability_table(
     rows = []
     for level, d in levels.items():
         patient, draws = draw_patients(d.patients, n_boot, seed)
-        for k, label in enumerate(LABELS):
+        for k, label in d.columns:
             for kind in KIND_COLORS:
                 named = {"level": level, "label": label, "probabilities": kind, "prevalence": d.y[:, k].mean()}
                 rows += [named | row for row in _bin_rows(d.y[:, k], getattr(d, kind)[:, k], patient, draws, n_bins)]
@@ -125,11 +127,15 @@ def plot_reliability(
     level: str = "slice",
     note: str = "",  # for the title, say "synthetic data"
 ):  # matplotlib Figure
-    "Reliability curves of the six labels, before and after correction and calibration."
+    "Reliability curves of the labels, before and after correction and calibration."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, 3, figsize=(8, 5.6))
-    for label, ax in zip(LABELS, axes.flat, strict=True):
+    labels = list(dict.fromkeys(table["label"]))
+    n_rows, n_columns = -(-len(labels) // 3), max(2, min(3, len(labels)))
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=(8, 0.4 + 2.6 * n_rows), squeeze=False)
+    for ax in axes.flat[len(labels) :]:
+        ax.axis("off")
+    for label, ax in zip(labels, axes.flat, strict=False):
         part = table[(table["level"] == level) & (table["label"] == label)]
         top = max(0.05, np.nanmax(part[["predicted", "observed"]].to_numpy(), initial=0) * 1.05)
         ax.plot([0, 1], [0, 1], color="black", lw=0.8, ls=":")
@@ -167,7 +173,8 @@ def threshold_table(
     rows = []
     for level, d in levels.items():
         patient, draws = draw_patients(d.patients, n_boot, seed)
-        for label, y, t, p in zip(LABELS, d.y.T, d.threshold.T, d.calibrated.T, strict=True):
+        for k, label in d.columns:
+            y, t, p = d.y[:, k], d.threshold[:, k], d.calibrated[:, k]
             known = np.isfinite(t)
             span = (t[known].min(), t[known].max()) if known.any() else (None, None)
             counts = int(known.sum()), int((y & known).sum()), y[known].mean() if known.any() else None
@@ -191,7 +198,7 @@ def coverage_table(
     for level, d in levels.items():
         patient, draws = draw_patients(d.patients, n_boot, seed)
         n_patients = draws.shape[1]
-        for k, label in enumerate(LABELS):
+        for k, label in d.columns:
             for truth, inside in (("present", d.present[:, k]), ("absent", d.absent[:, k])):
                 of = d.y[:, k] == (truth == "present")
                 counts = np.bincount(patient[of], minlength=n_patients)
@@ -223,6 +230,8 @@ def headline_table(
     "The few numbers that the study stands for, of calibrated probabilities on held-out patients."
     of, rows = metrics[metrics["probabilities"] == "calibrated"].set_index(["level", "label", "metric"]), []
     for name, key in HEADLINES.items():
+        if key not in of.index:  # a label that does not exist
+            continue
         r = of.loc[key]
         share = "" if pd.isna(r["prevalence"]) else f"{100 * r['prevalence']:.1f}%"
         rows.append((name, str(Estimate(*r[ESTIMATE])), f"{r['n']:,}", f"{r['n_patients']:,}", share))
@@ -252,7 +261,8 @@ def delivered_table(
         fit = fit_decisions(d.y[here], d.x[here], d.patients[here], level=level)
         apart = abs(calibrate(d.x[here], fit.slope, fit.intercept) - d.calibrated[here])
         patient, draws = draw_patients(d.patients[here], n_boot, seed)
-        for label, y, far in zip(LABELS, d.y[here].T, apart.T, strict=True):
+        for k, label in d.columns:
+            y, far = d.y[here, k], apart[:, k]
             known = np.isfinite(far) & (len(folds) == 1)
             found = weighted_ratio(draws, patient, np.nan_to_num(far), known, nothing)
             largest = far[known].max() if known.any() else None

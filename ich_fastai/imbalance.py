@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'ALONE', 'CONVERGED', 'SHOWN', 'measure_arm', 'Arms', 'stack_seeds', 'compare_arms', 'spread',
-           'half_width', 'widen', 'arm_rows', 'table_2', 'subtract', 'difference_table', 'Shown', 'imbalance_table',
-           'finding_table', 'draw_estimate', 'plot_imbalance', 'plot_differences', 'compare']
+           'half_width', 'widen', 'arm_rows', 'table_2', 'subtract', 'difference_table', 'Shown', 'find_shown',
+           'imbalance_table', 'finding_table', 'draw_estimate', 'plot_imbalance', 'plot_differences', 'compare']
 
 # %% ../nbs/25_imbalance.ipynb #25-003
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from scipy.stats import t as student
 
 from .core import data_note, save_captioned, save_table
 from .guard import checked
-from .labels import LABELS
+from .labels import LABELS, fill_labels, known_labels
 from .sequence import series_logits
 from .arms import read_arms
 from .metrics import ESTIMATE, ROUNDING, SAME, Estimate, draw_patients, label_metrics, metric_rows
@@ -36,10 +36,14 @@ def measure_arm(
     p: np.ndarray,  # (n, 6) probabilities
     patient: np.ndarray,  # (n,) int, column of `draws`
     draws: np.ndarray,  # (b, n_patients); row 0 all ones
+    labels: Sequence[str] = LABELS,  # those that exist
 ) -> dict[str, dict[str, np.ndarray]]:  # label: metric: (b,) float64, nan where undefined
-    "The metrics of MEASURED for each label, and the weighted log loss for `all`, of every draw."
-    values = {"all": {"weighted_log_loss": weighted_log_losses(y, p, patient, draws)}}
+    "The metrics of MEASURED for each label, where all exist the weighted log loss for `all`, of every draw."
+    every = {"all": {"weighted_log_loss": weighted_log_losses(y, p, patient, draws)}}
+    values = every if len(labels) == len(LABELS) else {}
     for k, label in enumerate(LABELS):
+        if label not in labels:
+            continue
         found = label_metrics(y[:, k], p[:, k], patient, draws)
         values[label] = {metric: found[metric] for metric in MEASURED}
     return values
@@ -77,12 +81,12 @@ def compare_arms(
     corrected, y = set(), np.empty(0)
     for arm, _, table in trainings:
         if not len(y):
-            y = table[list(LABELS)].to_numpy(np.int64)
+            y, known = fill_labels(table), known_labels(table)
             patient, draws = draw_patients(table["PatientID"], n_boot, seed)
-        raw = undone = measure_arm(y, expit(series_logits(table)), patient, draws)
+        raw = undone = measure_arm(y, expit(series_logits(table)), patient, draws, known)
         if (table["keep_rate"].fillna(1) < 1).any():
             corrected.add(arm)
-            undone = measure_arm(y, expit(correct_logits(table)), patient, draws)
+            undone = measure_arm(y, expit(correct_logits(table)), patient, draws, known)
         of = found.setdefault(arm, {"raw": [], "corrected": []})
         of["raw"].append(raw)
         of["corrected"].append(undone)
@@ -212,6 +216,14 @@ SHOWN = {  # by label and metric
     ("any", "calibration_slope"): Shown("calibration slope of any", 1.0, "higher", "lower"),
 }
 
+
+def find_shown(
+    table: pd.DataFrame,  # with columns label and metric
+) -> dict[tuple[str, str], Shown]:
+    "SHOWN without what the data does not have: the weighted log loss needs all six labels."
+    there = set(zip(table["label"], table["metric"], strict=True))
+    return {key: shown for key, shown in SHOWN.items() if key in there}
+
 # %% ../nbs/25_imbalance.ipynb #25-046
 def imbalance_table(
     table: pd.DataFrame,  # as `table_2` gives it
@@ -221,9 +233,9 @@ def imbalance_table(
     rows = []
     for (arm, kind), part in table.groupby(["arm", "probabilities"], sort=False):
         if arm in corrected or kind == "raw":
-            of = part.set_index(["label", "metric"]).loc[list(SHOWN)]
+            of = part.set_index(["label", "metric"]).loc[list(find_shown(part))]
             row = {"arm": f"{arm}, {kind}" if arm in corrected else arm}
-            for key, shown in SHOWN.items():
+            for key, shown in find_shown(part).items():
                 found, seen = of.loc[key], np.array(str(of.loc[key, "by_seed"]).split(), float)
                 seen = f"; seeds {seen.min():.3f} to {seen.max():.3f}" if np.ptp(seen) > 0 else ""
                 row[shown.name] = f"{Estimate(*found[ESTIMATE])}{seen}"
@@ -246,7 +258,7 @@ def finding_table(
     for (arm, minus), part in kept.groupby(["arm", "minus"], sort=False):
         of = part.set_index(["label", "metric"])
         row = {"comparison": f"{arm}: corrected minus raw" if minus == "raw" else f"{arm} minus {minus}, corrected"}
-        for key, (name, _, above, below) in SHOWN.items():
+        for key, (name, _, above, below) in find_shown(part).items():
             difference = Estimate(*of.loc[key, ESTIMATE])
             why = f" ({difference.why})" if difference.has_value and not difference.has_interval else ""
             row[name] = f"{say_difference(difference, above, below)}: {difference}{why}"
@@ -282,7 +294,10 @@ def plot_imbalance(
     index, arms = ["label", "metric", "arm", "probabilities"], list(dict.fromkeys(table["arm"]))
     of = table.set_index(index)[[*ESTIMATE, "by_seed"]]
     fig, axes = plt.subplots(2, 2, figsize=(8.4, 2 + 0.8 * len(arms)), sharey=True)
-    for ax, (key, (name, mark, *_)) in zip(axes.flat, SHOWN.items(), strict=True):
+    shown = find_shown(table)
+    for ax in axes.flat[len(shown) :]:
+        ax.axis("off")
+    for ax, (key, (name, mark, *_)) in zip(axes.flat, shown.items(), strict=False):
         for y, arm in enumerate(arms):
             for kind, by in (("raw", -0.16), ("corrected", 0.16)):
                 *estimate, seen = of.loc[(*key, arm, kind)]
@@ -309,10 +324,13 @@ def plot_differences(
     import matplotlib.pyplot as plt
 
     others = differences[(differences["probabilities"] == "corrected") & (differences["minus"] != "raw")]
-    arms, n_rows = list(dict.fromkeys(others["arm"])), len(panels) // 2
+    arms, n_rows = list(dict.fromkeys(others["arm"])), -(-len(panels) // 2)
     of = others.set_index(["label", "metric", "arm"])
-    fig, axes = plt.subplots(n_rows, 2, figsize=(8.4, 0.7 + n_rows * (0.6 + 0.3 * len(arms))), sharey=True)
-    for ax, (key, name) in zip(axes.flat, panels.items(), strict=True):
+    size = (8.4, 0.7 + n_rows * (0.6 + 0.3 * len(arms)))
+    fig, axes = plt.subplots(n_rows, 2, figsize=size, sharey=True, squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    for ax, (key, name) in zip(axes.flat, panels.items(), strict=False):
         for y, arm in enumerate(arms):
             row = of.loc[(*key, arm)]
             draw_estimate(ax, y, Estimate(*row[ESTIMATE]), "#0072B2", filled=row["says"] in ("higher", "lower"))
@@ -344,8 +362,11 @@ def compare(
     figures = {"imbalance.svg": (plot_imbalance(tables["table_2"], note), caption)}
     if len(arms.values) > 1:
         chance = "Where nothing differs, one interval in twenty leaves 0 out."
-        shown, labels = {key: s.name for key, s in SHOWN.items()}, {(k, "auc"): f"AUC of {k}" for k in LABELS}
-        for name, panels in (("imbalance_differences", shown), ("imbalance_labels", labels)):
+        shown = {key: s.name for key, s in find_shown(differences).items()}
+        labels = {(k, "auc"): f"AUC of {k}" for k in LABELS if k in set(differences["label"])}
+        for name, panels in (("imbalance_differences", shown), ("imbalance_labels", labels))[
+            : len(labels)
+        ]:  # one label is in the first
             figures[f"{name}.svg"] = plot_differences(differences, panels, note), f"Differences of the arms. {chance}"
     save_captioned(figures, run_dir, note)
     return tables
