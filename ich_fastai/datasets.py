@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_FILES', 'CQ500_NAMES', 'KEYS', 'ADAPTERS', 'read_datasets', 'find_facts', 'check_independent', 'Dataset',
-           'square_field', 'read_dicom', 'read_csv', 'to_labels', 'join_files', 'read_cq500', 'read_boxes',
-           'find_folder', 'open_cq500', 'list_headers', 'join_headers', 'open_headers', 'open_rsna', 'open_folder',
-           'stack_volume', 'read_numbered', 'open_volumes', 'open_ct_ich', 'open_instance', 'open_pictures',
-           'open_dataset']
+           'read_dicom', 'read_csv', 'to_labels', 'join_files', 'read_cq500', 'read_boxes', 'find_folder', 'open_cq500',
+           'list_headers', 'join_headers', 'open_headers', 'open_rsna', 'open_folder', 'stack_volume', 'read_numbered',
+           'open_volumes', 'open_ct_ich', 'open_instance', 'open_pictures', 'open_dataset']
 
 # %% ../nbs/38_datasets.ipynb #38-002
 import json
@@ -26,8 +25,8 @@ from .core import DicomError, InputError, name_some, project_dir
 from .labels import LABELS, SUBTYPES, find_dataset, read_labels
 from .cache import Decoder
 from .geometry import Geometry
-from .external import PICTURE_SETS, read_picture_labels
-from .volumes import Volume, find_volumes, import_nibabel, read_nifti, read_pictures
+from .external import PICTURE_SETS, PictureSet, read_picture_labels
+from .volumes import Volume, find_volumes, import_nibabel, read_nifti, read_pictures, square_field
 from .images import list_sources, read_images
 from .series import Stack, look_at, read_series, stack_slices, survey_study
 from .predict import SERIES_COLUMNS
@@ -37,9 +36,8 @@ def read_datasets(
     csv: str | Path | None = None,  # the project's data/datasets.csv by default
 ) -> pd.DataFrame:  # index name; title, get, terms, layout, labels, level, independent, hu, note, traps: str
     "What is known of each dataset."
-    return pd.read_csv(csv or project_dir() / "data" / "datasets.csv", comment="#", index_col="name", dtype=str).fillna(
-        ""
-    )
+    path = csv or project_dir() / "data" / "datasets.csv"
+    return pd.read_csv(path, comment="#", index_col="name", dtype=str).fillna("")
 
 # %% ../nbs/38_datasets.ipynb #38-008
 def find_facts(name: str) -> pd.Series:  # a name of the table
@@ -94,14 +92,6 @@ class Dataset:
             raise InputError(f"{self.facts.name}, study {study}: {e}") from e
 
 # %% ../nbs/38_datasets.ipynb #38-013
-def square_field(
-    shape: tuple[int, ...],  # rows, columns of a slice
-    pixel_mm: float,
-) -> float:  # mm; NaN where it is not square, or not known
-    "The side of a slice's field of view."
-    return shape[0] * pixel_mm if len(shape) == 2 and shape[0] == shape[1] else math.nan
-
-
 def read_dicom(
     files: dict[str, list[Path]],  # of each study: files and folders
     study: str,
@@ -119,10 +109,9 @@ def read_dicom(
             row = next(table[table["used"]].itertuples())
             stack = read_series(images.loc[row.images], row, size, geometry, decoder)
     errors = {images.at[i, "SOPInstanceUID"]: why for i, why in stack.errors.items()}
-    shape = sum(images.loc[row.images[0], ["Rows", "Columns"]], ())
-    table.loc[table["used"], "field_mm"] = square_field(shape, row.pixel_mm)
-    table = table.reindex(columns=[*SERIES_COLUMNS, "field_mm", "scanner"])  # nobody's name
-    return stack._replace(errors=errors), table
+    first = images.loc[row.images[0]]
+    table.loc[table["used"], "field_mm"] = square_field(first["Rows"] + first["Columns"], row.pixel_mm)
+    return stack._replace(errors=errors), table.reindex(columns=[*SERIES_COLUMNS, "field_mm", "scanner"])  # no names
 
 # %% ../nbs/38_datasets.ipynb #38-016
 def read_csv(
@@ -374,9 +363,8 @@ def open_instance(folder: Path, masks: Path | None, facts: pd.Series) -> Dataset
     return open_volumes(find_volumes(home / "data"), labels.astype({"any": "uint8"}), masks, facts)
 
 # %% ../nbs/38_datasets.ipynb #38-040
-def open_pictures(name: str, folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
-    "A set of 8-bit pictures of PICTURE_SETS; a study is a patient."
-    about = PICTURE_SETS[name]
+def open_pictures(about: PictureSet, folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
+    "A set of 8-bit pictures; a study is a patient."
     csv, home = csv or folder / about.labels, folder / about.pictures
     rows, unknown = read_picture_labels(csv)
     there = {path.stem for path in home.iterdir()} if home.is_dir() else set()
@@ -388,7 +376,7 @@ def open_pictures(name: str, folder: Path, csv: Path | None, facts: pd.Series) -
 
 # %% ../nbs/38_datasets.ipynb #38-043
 ADAPTERS = {"rsna": open_rsna, "cq500": open_cq500, "ct_ich": open_ct_ich, "instance2022": open_instance}
-ADAPTERS |= {name: partial(open_pictures, name) for name in PICTURE_SETS} | {"folder": open_folder}
+ADAPTERS |= {name: partial(open_pictures, about) for name, about in PICTURE_SETS.items()} | {"folder": open_folder}
 
 
 def open_dataset(

@@ -142,8 +142,7 @@ def worst_mistakes(
         found.append(rows.assign(kind=kind, mistakes=(among & wrong).sum(), among=among.sum()))
     worst = pd.concat(found, ignore_index=True)
     names = [", ".join(s for s in SUBTYPES if r[s] == 1) for r in worst.to_dict("records")]
-    missed = worst["kind"].eq("missed")
-    worst["truth"] = [s or ("hemorrhage" if m else "no hemorrhage") for s, m in zip(names, missed, strict=True)]
+    worst["truth"] = [s or "no " * (k != "missed") + "hemorrhage" for s, k in zip(names, worst["kind"], strict=True)]
     return worst[["SOPInstanceUID", "kind", "p", "truth", "mistakes", "among"]]
 
 # %% ../nbs/24_explain.ipynb #24-026
@@ -215,10 +214,9 @@ def choose_slices(
 ) -> pd.DataFrame:  # rows of the cohort, and `label`, what to explain; a slice may stand under several
     "Held-out slices of each subtype; four times as many of `any` where no subtype is known; one where nothing bleeds."
     held_out, chosen = cohort[cohort["fold"] == fold], []
-    bleeds, subtypes = held_out["any"].any(), known_labels(held_out)[:-1]
-    for label in subtypes if bleeds and subtypes else ("any",):
-        part = held_out[held_out[label] == 1] if bleeds else held_out
-        k = min(n if subtypes else 4 * n, len(part))
+    for label in (held_out["any"].any() and known_labels(held_out)[:-1]) or ["any"]:
+        part = held_out[held_out[label] == held_out["any"].max()]
+        k = min(n * (4 if label == "any" and part["any"].any() else 1), len(part))
         middles = (np.arange(k) + 0.5) / max(k, 1) * len(part)
         chosen.append(part.iloc[middles.astype(int)].assign(label=label))
     return pd.concat(chosen)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURED', 'ALONE', 'CONVERGED', 'SHOWN', 'measure_arm', 'Arms', 'stack_seeds', 'compare_arms', 'spread',
            'half_width', 'widen', 'arm_rows', 'table_2', 'subtract', 'difference_table', 'Shown', 'find_shown',
-           'imbalance_table', 'finding_table', 'draw_estimate', 'plot_imbalance', 'plot_differences', 'compare']
+           'imbalance_table', 'finding_table', 'plot_imbalance', 'plot_differences', 'compare']
 
 # %% ../nbs/25_imbalance.ipynb #25-003
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ from .arms import read_arms
 from .metrics import ESTIMATE, ROUNDING, SAME, Estimate, draw_patients, label_metrics, metric_rows
 from .metrics import say_difference, weighted_log_losses
 from .calibrate import correct_logits
-from .evaluate import KIND_COLORS
+from .evaluate import KIND_COLORS, draw_estimate
 
 # %% ../nbs/25_imbalance.ipynb #25-012
 MEASURED = ("auc", "average_precision", "log_loss", "calibration_error", "calibration_slope")
@@ -36,14 +36,10 @@ def measure_arm(
     p: np.ndarray,  # (n, 6) probabilities
     patient: np.ndarray,  # (n,) int, column of `draws`
     draws: np.ndarray,  # (b, n_patients); row 0 all ones
-    labels: Sequence[str] = LABELS,  # those that exist
 ) -> dict[str, dict[str, np.ndarray]]:  # label: metric: (b,) float64, nan where undefined
-    "The metrics of MEASURED for each label, where all exist the weighted log loss for `all`, of every draw."
-    every = {"all": {"weighted_log_loss": weighted_log_losses(y, p, patient, draws)}}
-    values = every if len(labels) == len(LABELS) else {}
+    "The metrics of MEASURED for each label, and the weighted log loss for `all`, of every draw."
+    values = {"all": {"weighted_log_loss": weighted_log_losses(y, p, patient, draws)}}
     for k, label in enumerate(LABELS):
-        if label not in labels:
-            continue
         found = label_metrics(y[:, k], p[:, k], patient, draws)
         values[label] = {metric: found[metric] for metric in MEASURED}
     return values
@@ -65,9 +61,11 @@ class Arms(NamedTuple):
 # %% ../nbs/25_imbalance.ipynb #25-018
 def stack_seeds(
     found: list[dict],  # of each seed, as `measure_arm` gives it
+    known: Sequence[str] = LABELS,  # labels that exist; without one of them there is no `all`
 ) -> dict[str, dict[str, np.ndarray]]:  # label: metric: (seeds, b)
     "The seeds of an arm under one another."
-    return {k: {m: np.stack([f[k][m] for f in found]) for m in of} for k, of in found[0].items()}
+    kept = {k: of for k, of in found[0].items() if k in known or len(known) == len(LABELS)}
+    return {k: {m: np.stack([f[k][m] for f in found]) for m in of} for k, of in kept.items()}
 
 # %% ../nbs/25_imbalance.ipynb #25-020
 def compare_arms(
@@ -83,14 +81,14 @@ def compare_arms(
         if not len(y):
             y, known = fill_labels(table), known_labels(table)
             patient, draws = draw_patients(table["PatientID"], n_boot, seed)
-        raw = undone = measure_arm(y, expit(series_logits(table)), patient, draws, known)
+        raw = undone = measure_arm(y, expit(series_logits(table)), patient, draws)
         if (table["keep_rate"].fillna(1) < 1).any():
             corrected.add(arm)
-            undone = measure_arm(y, expit(correct_logits(table)), patient, draws, known)
+            undone = measure_arm(y, expit(correct_logits(table)), patient, draws)
         of = found.setdefault(arm, {"raw": [], "corrected": []})
         of["raw"].append(raw)
         of["corrected"].append(undone)
-    values = {arm: {kind: stack_seeds(each) for kind, each in of.items()} for arm, of in found.items()}
+    values = {arm: {kind: stack_seeds(each, known) for kind, each in of.items()} for arm, of in found.items()}
     return Arms(y, patient, values, tuple(arm for arm in values if arm in corrected))
 
 # %% ../nbs/25_imbalance.ipynb #25-024
@@ -266,24 +264,6 @@ def finding_table(
     return pd.DataFrame(rows or [{"comparison": "none: one arm was run, without undersampling"}])
 
 # %% ../nbs/25_imbalance.ipynb #25-052
-def draw_estimate(
-    ax,  # matplotlib Axes
-    y: float,
-    estimate: Estimate,
-    color: str,
-    filled: bool = True,
-    seeds: Iterable[float] = (),  # a value each
-) -> None:
-    "A point with its interval, behind it a mark for each seed; in words where there is none."
-    if not estimate.has_value:
-        ax.text(0.02, y, str(estimate), transform=ax.get_yaxis_transform(), fontsize=9, va="center")
-    else:
-        ax.plot(estimate.value, y, "o", ms=5, color=color, mfc=color if filled else "white", zorder=3)
-    if estimate.has_interval:
-        ax.plot([estimate.low, estimate.high], [y, y], color=color, lw=1.6, solid_capstyle="butt")
-    ax.plot(list(seeds), [y for _ in seeds], "|", ms=9, mew=1.2, color="black", alpha=0.55, zorder=2)
-
-# %% ../nbs/25_imbalance.ipynb #25-054
 def plot_imbalance(
     table: pd.DataFrame,  # as `table_2` gives it
     note: str = "",  # for the title, say "synthetic data"
@@ -295,8 +275,7 @@ def plot_imbalance(
     of = table.set_index(index)[[*ESTIMATE, "by_seed"]]
     fig, axes = plt.subplots(2, 2, figsize=(8.4, 2 + 0.8 * len(arms)), sharey=True)
     shown = find_shown(table)
-    for ax in axes.flat[len(shown) :]:
-        ax.axis("off")
+    _ = [ax.axis("off") for ax in axes.flat[len(shown) :]]
     for ax, (key, (name, mark, *_)) in zip(axes.flat, shown.items(), strict=False):
         for y, arm in enumerate(arms):
             for kind, by in (("raw", -0.16), ("corrected", 0.16)):
@@ -314,7 +293,7 @@ def plot_imbalance(
     )
     return fig
 
-# %% ../nbs/25_imbalance.ipynb #25-056
+# %% ../nbs/25_imbalance.ipynb #25-054
 def plot_differences(
     differences: pd.DataFrame,  # as `difference_table` gives it, of two arms or more
     panels: dict[tuple[str, str], str],  # (label, metric): name
@@ -328,8 +307,7 @@ def plot_differences(
     of = others.set_index(["label", "metric", "arm"])
     size = (8.4, 0.7 + n_rows * (0.6 + 0.3 * len(arms)))
     fig, axes = plt.subplots(n_rows, 2, figsize=size, sharey=True, squeeze=False)
-    for ax in axes.flat[len(panels) :]:
-        ax.axis("off")
+    _ = [ax.axis("off") for ax in axes.flat[len(panels) :]]
     for ax, (key, name) in zip(axes.flat, panels.items(), strict=False):
         for y, arm in enumerate(arms):
             row = of.loc[(*key, arm)]
@@ -342,7 +320,7 @@ def plot_differences(
     fig.suptitle(f"{title}\nfilled: the interval leaves 0 out; open: not resolved")
     return fig
 
-# %% ../nbs/25_imbalance.ipynb #25-059
+# %% ../nbs/25_imbalance.ipynb #25-057
 @checked
 def compare(
     run_dir: str | Path,  # of a run

@@ -297,8 +297,7 @@ def prepare_run(
     sums = {name: of for name, of in earlier.get("checksums", {}).items() if of[0] in seconds}
     manifest = about | inputs.about | {"inputs": inputs.listing, **describe_software()}
     save_json(manifest := manifest | {"seconds": seconds, "checksums": sums}, path, checked=True)
-    given = params | inputs.given | {"run_dir": str(run_dir)}
-    return Run(run_dir, todo, declared, given, manifest)
+    return Run(run_dir, todo, declared, params | inputs.given | {"run_dir": str(run_dir)}, manifest)
 
 # %% ../nbs/42_reproduce.ipynb #42-042
 def reproduce(

@@ -2,20 +2,19 @@
 
 import json
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import PROJECT
 
 from ich_fastai.adopt import adopt
 from ich_fastai.arms import train_arms
 from ich_fastai.batches import Settings, named_windows
-from ich_fastai.cohort import make_cohort
 from ich_fastai.controls import controls
 from ich_fastai.core import InputError, read_stage
 from ich_fastai.datasets import open_dataset
-from ich_fastai.evaluate import evaluate
-from ich_fastai.explain import explain
 from ich_fastai.imbalance import compare
 from ich_fastai.inputs import check_data
 from ich_fastai.labels import LABELS, LOGITS, SUBTYPES
@@ -23,7 +22,6 @@ from ich_fastai.layouts import write_layout
 from ich_fastai.model import NEVER, load_model, loss_weights, make_loss
 from ich_fastai.predict import decide, format_studies, summarize_studies
 from ich_fastai.reproduce import reproduce
-from ich_fastai.sequence import read_together
 from ich_fastai.train import fit
 
 TINY = {"arch": "resnet10t", "image_size": 32, "neighbors": 0, "epochs": 1, "batch_size": 16, "epoch_size": 32}
@@ -48,19 +46,29 @@ def test_the_loss_is_that_of_the_known_labels_alone(kind, known):
     assert np.flatnonzero(logits.grad.abs().sum(0)).tolist() == at
 
 
+def run_cells(name, **params):
+    "The cells of a notebook, in this process, with these parameters."
+    space: dict = {"__name__": "__main__"}
+    for k, cell in enumerate(json.loads((PROJECT / "nbs" / f"{name}.ipynb").read_text())["cells"], 1):
+        tags = cell["metadata"].get("tags", [])
+        if cell["cell_type"] == "code" and "skip-execution" not in tags:
+            exec(compile("".join(cell["source"]), f"{name}, cell {k}", "exec"), space)
+        space |= params if "parameters" in tags else {}
+    matplotlib.pyplot.close("all")
+
+
 @pytest.fixture(scope="module")
 def adopted(tmp_path_factory):
-    "A run on pictures with labels of `any` alone, stage by stage; the dataset's folder beside it."
+    "A run on pictures with labels of `any` alone, stage by stage: four by their notebooks, which must hold for it."
     home = tmp_path_factory.mktemp("adopted")
     write_layout("phe_sich", home / "data", numbers=(1, 2, 3, 4, 5, 160))
     run = home / "run"
     adopt(open_dataset("phe_sich", home / "data"), run, cache_size=64)
-    make_cohort(run, n_folds=2)
+    run_cells("09_cohort", run_dir=run, n_folds=2)
     fit(run, Settings(**TINY, windows=named_windows(["brain"])))
-    read_together(run, 0.33)
-    evaluate(run, n_boot=20)
+    for name in ("13_sequence", "22_evaluate", "24_explain"):
+        run_cells(name, run_dir=run, n_boot=20, data_dir=home / "data")
     controls(run, n_boot=20)
-    explain(run, n_boot=20)
     train_arms(run, ["none+none", "undersample+inverse"], seeds=1)
     compare(run, n_boot=20)
     return run
