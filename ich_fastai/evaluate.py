@@ -52,7 +52,7 @@ def level_metrics(
             threshold = d.threshold if kind == "calibrated" else None
             score = d.x if kind == "calibrated" else None
             p = getattr(d, kind)
-            how = {"score": score, "labels": d.known, "n_boot": n_boot, "seed": seed}
+            how: dict = {"score": score, "labels": d.known, "n_boot": n_boot, "seed": seed}
             table = metrics_table(d.y, p, d.patients, threshold, **how)
             table.insert(0, "level", level)
             table.insert(2, "probabilities", kind)

@@ -22,7 +22,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import psutil
 from fastcore.script import call_parse
@@ -376,7 +376,7 @@ def ich_reproduce(
     resume: bool = False,  # go on after a failure: skip the notebooks that are done
 ):
     "Reproduce the study: its stages with one preset, then an HTML report."
-    start, how = time.time(), {"settings": parse_settings(set), "first": from_, "last": until, "resume": resume}
+    start, how = time.time(), dict[str, Any](settings=parse_settings(set), first=from_, last=until, resume=resume)
     run_dir = Path(out or project_dir() / "runs" / (dataset or Path(preset).stem)).resolve()
     end_at_interrupt(run_dir)
     try:

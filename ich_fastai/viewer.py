@@ -213,9 +213,8 @@ def fill_template(
 # %% ../nbs/32_viewer.ipynb #32-038
 def _answers(table: pd.DataFrame) -> list[dict]:
     "Probabilities, calls and whether undecided, a dict a row; None where there is none."
-    p, calls = table[list(LABELS)].astype(float).round(4), table[CALLS]
-    parts = (p.astype(object).where(p.notna(), None), calls.astype(object).where(calls.notna(), None))
-    parts += (table[SETS] == "undecided",)
+    found = table[list(LABELS)].astype(float).round(4), table[CALLS]
+    parts = [x.astype(object).where(x.notna(), None) for x in found] + [table[SETS] == "undecided"]
     return [
         {"p": p, "call": c, "undecided": u} for p, c, u in zip(*(x.to_numpy().tolist() for x in parts), strict=True)
     ]
