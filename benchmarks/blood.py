@@ -23,13 +23,15 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
+from ich_fastai.adopt import adopt, frame_heads
 from ich_fastai.batches import Augment, Settings, SliceBatches, slice_loaders
 from ich_fastai.cache import SHARD_ROWS, Cache, save_settings, shard_paths
 from ich_fastai.cohort import make_cohort
 from ich_fastai.core import Window, read_stage, write_file
 from ich_fastai.controls import FAINT, auc_at_same_position, find_blobs, paint_over, relative_height
+from ich_fastai.datasets import find_facts, open_pictures
 from ich_fastai.dicom import DicomError, read_slice
-from ich_fastai.external import PICTURE_SETS, PictureSet, frame_heads, import_pictures, to_picture
+from ich_fastai.external import PICTURE_SETS, PictureSet, to_picture
 from ich_fastai.labels import LABELS
 from ich_fastai.metrics import Estimate, draw_patients, find_estimate
 from ich_fastai.model import build_model, make_loss
@@ -63,6 +65,12 @@ def export_phantom(data_dir, folder):
         named = {"slice": row["SOPInstanceUID"], "patient": row["PatientID"], "number": row["index"]}
         rows.append(named | {label: row[label] for label in LABELS})
     pd.DataFrame(rows).to_csv(folder / "labels.csv", index=False)
+
+
+def import_pictures(folder, run_dir, about, n_folds=5):
+    "A set of pictures as a run folder."
+    adopt(open_pictures(about, folder, None, find_facts("phe_sich")), run_dir)
+    make_cohort(run_dir, n_folds=n_folds)
 
 
 def prepare(options):

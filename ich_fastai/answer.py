@@ -70,9 +70,9 @@ def describe_study(
             "set": answer[f"set_{label}"],
             "threshold": cuts.get(label, {}).get("threshold"),
         }
-        for label in LABELS
+        for label in answer[list(LABELS)].dropna().index
     }
-    called = {label: good.loc[good[f"call_{label}"].eq(1).fillna(False), "SOPInstanceUID"] for label in LABELS}
+    called = {label: good.loc[good[f"call_{label}"].eq(1).fillna(False), "SOPInstanceUID"] for label in findings}
     table = used.reindex(columns=[*SERIES_COLUMNS]).rename(columns=SERIES_COLUMNS).drop(columns="study")
     return {
         "schema": "ich_fastai study 1",

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from .core import InputError, read_stage, stage_file, write_file
 from .guard import check_ranges, show_value
-from .labels import LABELS, SUBTYPES
+from .labels import SUBTYPES, fill_labels
 from .dicom import WINDOWS
 from .cache import Cache
 from .cohort import input_addresses, training_rows
@@ -300,7 +300,7 @@ class SliceBatches:
             raise InputError(f"batch_size={self.bs}: must be a multiple of the {place.processes} processes, 2 for each")
         self.settings, self.train, self.augment, self.place, self.device = settings, train, augment, place, place.device
         self.cache, self.addresses = Cache(cache_dir), input_addresses(cohort, settings.neighbors)
-        self.labels = torch.tensor(cohort[list(LABELS)].to_numpy(np.float32))
+        self.labels = torch.tensor(fill_labels(cohort).astype(np.float32))
         self.ids, self.n, self.epoch, self.dataset = cohort["SOPInstanceUID"].to_numpy(), n, 0, self.addresses
         self.n_batches = max(1, round((settings.epoch_size or n) / self.bs)) if train else -(-n // self.bs)
 
@@ -374,7 +374,7 @@ def plot_input(
         ax.imshow(image, cmap="gray", vmin=-1, vmax=1)
     for ax, (name, (center, width)) in zip(axes[:, 0], settings.windows.items(), strict=True):
         ax.set_ylabel(f"{name}, {center:g}/{width:g} HU")
-    shown = ", ".join(name for name, on in zip(SUBTYPES, y, strict=False) if on) or "no hemorrhage"
+    shown = ", ".join(name for name, on in zip(SUBTYPES, y, strict=False) if on) or "no " * (not y[-1]) + "hemorrhage"
     fig.suptitle(f"An input of {len(x)} channels: {shown}")
     return fig
 

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 
-from .labels import LABELS
+from .labels import LABELS, fill_labels, known_labels
 from .sequence import number_networks, series_logits, split_patients
 from .metrics import fit_logistic
 
@@ -212,6 +212,12 @@ class Level(NamedTuple):
     threshold: np.ndarray
     present: np.ndarray
     absent: np.ndarray
+    known: tuple[str, ...] = LABELS  # the labels that exist; the columns of others mean nothing
+
+    @property
+    def columns(self) -> list[tuple[int, str]]:
+        "Number and name of each label that exists."
+        return [(k, label) for k, label in enumerate(LABELS) if label in self.known]
 
 # %% ../nbs/21_calibrate.ipynb #21-053
 def score_levels(
@@ -219,7 +225,8 @@ def score_levels(
     **options,  # of `fit_decisions`
 ) -> dict[str, Level]:  # slice, study
     "Slices and studies: probabilities as the network gives them, corrected, and calibrated on other patients."
-    raw, x, labels = series_logits(predictions), correct_logits(predictions), predictions[list(LABELS)]
+    raw, x = series_logits(predictions), correct_logits(predictions)
+    known, labels = tuple(known_labels(predictions)), pd.DataFrame(fill_labels(predictions))
     study, mm = pd.factorize(predictions["StudyInstanceUID"])[0], slice_lengths(predictions)
     of_study = [pool_slices(a, study, mm) for a in (raw, x, order_logits(x))]
     y_study = labels.groupby(study).max()
@@ -229,5 +236,5 @@ def score_levels(
     for level, (of, ids, raw_k, x_k, ordered) in logits.items():
         y, patients, fold = of.to_numpy(np.int64), ids["PatientID"].to_numpy(), number_networks(ids)
         fitted = cross_fit(y, ordered, patients, fold, level=level, **options)
-        levels[level] = Level(y, patients, ordered, fold, expit(raw_k), expit(x_k), *fitted)
+        levels[level] = Level(y, patients, ordered, fold, expit(raw_k), expit(x_k), *fitted, known)
     return levels

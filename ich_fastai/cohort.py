@@ -16,7 +16,7 @@ import pandas as pd
 
 from .core import InputError, project_dir, read_stage, save_figure, save_table
 from .guard import checked
-from .labels import LABELS, undersample
+from .labels import LABELS, fill_labels, known_labels, undersample
 from .cache import SHARD_ROWS
 
 # %% ../nbs/09_cohort.ipynb #09-008
@@ -86,7 +86,7 @@ def assign_folds(
 ) -> pd.Series:  # (n,) int8 in 0 ... n_folds - 1
     "A fold per slice: the same for all slices of a patient, the label sets dealt evenly."
     patients = cohort.groupby("PatientID")[list(LABELS)].max().sort_index()
-    pattern = patients.to_numpy(dtype="int64") @ (1 << np.arange(len(LABELS)))
+    pattern = fill_labels(patients) @ (1 << np.arange(len(LABELS)))
     shuffled = np.random.default_rng(seed).permutation(len(patients))
     order = shuffled[np.argsort(pattern[shuffled], kind="stable")]
     fold = pd.Series(np.arange(len(patients)) % n_folds, index=patients.index[order])
@@ -193,7 +193,7 @@ def fold_table(
     "What each fold holds."
     by_fold = cohort.groupby("fold")
     sizes = pd.DataFrame({"slices": by_fold.size(), "patients": by_fold["PatientID"].nunique()})
-    return sizes.join(by_fold[list(LABELS)].sum().astype("int64"))
+    return sizes.join(by_fold[known_labels(cohort)].sum().astype("int64"))
 
 # %% ../nbs/09_cohort.ipynb #09-046
 @checked
@@ -251,10 +251,10 @@ def measure_geometry(
 # %% ../nbs/09_cohort.ipynb #09-054
 def describe_data(
     run_dir: str | Path,  # perhaps with slices.parquet and dataset.json
-    cohort: pd.DataFrame,  # SOPInstanceUID
-) -> dict:  # trained_on: the dataset's name, "" where the run does not say; geometry: of `measure_geometry`, or None
+    cohort: pd.DataFrame,  # SOPInstanceUID, LABELS
+) -> dict:  # trained_on: the dataset's name, "" where the run does not say; labels: known ones; geometry, or None
     "What a model must say of the data it was trained on."
-    run_dir, about = Path(run_dir), dict[str, Any](trained_on="", geometry=None)
+    run_dir, about = Path(run_dir), dict[str, Any](trained_on="", labels=known_labels(cohort), geometry=None)
     if (run_dir / "dataset.json").is_file():
         about["trained_on"] = read_stage(run_dir, "dataset.json").get("name", "")
     if (run_dir / "slices.parquet").is_file():

@@ -16,7 +16,7 @@ import pandas as pd
 
 from .core import data_note, read_stage, save_captioned, save_table, stage_file
 from .guard import checked
-from .labels import LABELS
+from .labels import LABELS, fill_labels, known_labels
 from .dicom import window
 from .phantom import is_phantom, read_mask
 from .cache import Cache
@@ -274,10 +274,10 @@ def control_table(
     scores |= {"position": -np.abs(height - 0.5), "brain fraction": rows["brain_fraction"].to_numpy()}
     tags = header_scores(read_stage(run_dir, "slices.parquet"), cohort, rows, seed)
     scores |= {"dense blobs": found["dense blobs"], "header tags": tags}
-    (patient, draws), y = draw_patients(rows["PatientID"], n_boot, seed), rows[list(LABELS)].to_numpy(np.int64)
+    (patient, draws), y = draw_patients(rows["PatientID"], n_boot, seed), fill_labels(rows)
     table = control_rows("any", y[:, -1], scores, height, patient, draws)
-    for k, label in enumerate(LABELS[:-1]):
-        table += control_rows(label, y[:, k], {"network": found["network"][:, k]}, height, patient, draws)
+    for k in (LABELS.index(label) for label in known_labels(rows)[:-1]):
+        table += control_rows(LABELS[k], y[:, k], {"network": found["network"][:, k]}, height, patient, draws)
     return pd.DataFrame(table)
 
 # %% ../nbs/23_controls.ipynb #23-040

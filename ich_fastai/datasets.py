@@ -25,8 +25,8 @@ from .guard import make_scratch
 from .labels import LABELS, SUBTYPES, find_dataset, read_labels
 from .cache import Decoder
 from .geometry import Geometry
-from .external import PICTURE_SETS, read_picture_labels
-from .volumes import Volume, find_volumes, import_nibabel, read_nifti, read_pictures
+from .external import PICTURE_SETS, PictureSet, read_picture_labels
+from .volumes import Volume, find_volumes, import_nibabel, read_nifti, read_pictures, square_field
 from .images import list_sources, read_images
 from .series import Stack, look_at, read_series, stack_slices, survey_study
 from .predict import SERIES_COLUMNS
@@ -36,9 +36,8 @@ def read_datasets(
     csv: str | Path | None = None,  # the project's data/datasets.csv by default
 ) -> pd.DataFrame:  # index name; title, get, terms, layout, labels, level, independent, hu, note, traps: str
     "What is known of each dataset."
-    return pd.read_csv(csv or project_dir() / "data" / "datasets.csv", comment="#", index_col="name", dtype=str).fillna(
-        ""
-    )
+    path = csv or project_dir() / "data" / "datasets.csv"
+    return pd.read_csv(path, comment="#", index_col="name", dtype=str).fillna("")
 
 # %% ../nbs/38_datasets.ipynb #38-008
 def find_facts(name: str) -> pd.Series:  # a name of the table
@@ -110,7 +109,9 @@ def read_dicom(
             row = next(table[table["used"]].itertuples())
             stack = read_series(images.loc[row.images], row, size, geometry, decoder)
     errors = {images.at[i, "SOPInstanceUID"]: why for i, why in stack.errors.items()}
-    return stack._replace(errors=errors), table.reindex(columns=[*SERIES_COLUMNS, "scanner"])  # nobody's name
+    first = images.loc[row.images[0]]
+    table.loc[table["used"], "field_mm"] = square_field(first["Rows"] + first["Columns"], row.pixel_mm)
+    return stack._replace(errors=errors), table.reindex(columns=[*SERIES_COLUMNS, "field_mm", "scanner"])  # no names
 
 # %% ../nbs/38_datasets.ipynb #38-016
 def read_csv(
@@ -302,6 +303,8 @@ def stack_volume(
     ids, notes = tuple(names[k] for k in order), [volume.note] * bool(volume.note) + stack.notes
     gap = float(np.median(np.diff(stack.z_mm))) if len(order) > 1 else math.nan
     about = {"study": study, "slices": len(order), "spacing_mm": gap, "pixel_mm": volume.spacing[1]}
+    shape = next((x.shape for x in volume.slices if isinstance(x, np.ndarray)), ())
+    about["field_mm"] = square_field(shape, volume.spacing[0])
     table = pd.DataFrame([about | {"used": True, "reason": "", "notes": "; ".join(notes)}])
     errors = {ids[k]: why for k, why in stack.errors.items()}
     return stack._replace(ids=ids, errors=errors, notes=notes), table
@@ -359,9 +362,8 @@ def open_instance(folder: Path, masks: Path | None, facts: pd.Series) -> Dataset
     return open_volumes(find_volumes(home / "data"), labels.astype({"any": "uint8"}), masks, facts)
 
 # %% ../nbs/38_datasets.ipynb #38-040
-def open_pictures(name: str, folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
-    "A set of 8-bit pictures of PICTURE_SETS; a study is a patient."
-    about = PICTURE_SETS[name]
+def open_pictures(about: PictureSet, folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
+    "A set of 8-bit pictures; a study is a patient."
     csv, home = csv or folder / about.labels, folder / about.pictures
     rows, unknown = read_picture_labels(csv)
     there = {path.stem for path in home.iterdir()} if home.is_dir() else set()
@@ -373,7 +375,7 @@ def open_pictures(name: str, folder: Path, csv: Path | None, facts: pd.Series) -
 
 # %% ../nbs/38_datasets.ipynb #38-043
 ADAPTERS = {"rsna": open_rsna, "cq500": open_cq500, "ct_ich": open_ct_ich, "instance2022": open_instance}
-ADAPTERS |= {name: partial(open_pictures, name) for name in PICTURE_SETS} | {"folder": open_folder}
+ADAPTERS |= {name: partial(open_pictures, about) for name, about in PICTURE_SETS.items()} | {"folder": open_folder}
 
 
 def open_dataset(

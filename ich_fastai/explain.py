@@ -19,7 +19,7 @@ import pandas as pd
 
 from .core import data_note, read_run_file, read_stage, save_captioned, save_table, stage_file
 from .guard import checked
-from .labels import LABELS, SUBTYPES
+from .labels import LABELS, SUBTYPES, known_labels
 from .dicom import window
 from .phantom import is_phantom, read_mask
 from .cache import Cache
@@ -73,9 +73,9 @@ def slice_groups(
     signed = cohort["PixelRepresentation"].map({0: "unsigned", 1: "signed"})
     stored = cohort["BitsStored"].astype(str) + "-bit, " + signed.astype(str)
     measured = {"position in the series": relative_height(cohort), "brain fraction": cohort["brain_fraction"]}
-    measured |= {"subtypes": cohort[list(SUBTYPES)].sum(axis=1)}
+    measured |= {"subtypes": cohort[list(SUBTYPES)].sum(axis=1)} if known_labels(cohort) == list(LABELS) else {}
     measured |= {} if area_mm2 is None else {"bleeding area": area_mm2 * cohort["any"].to_numpy()}
-    groups = {"stored as": Groups(pd.Categorical(stored), False)}
+    groups = {"stored as": Groups(pd.Categorical(stored), False)} if cohort["BitsStored"].notna().any() else {}
     for name, values in measured.items():
         edges, names = CUTS[name]
         groups[name] = Groups(pd.cut(np.asarray(values), edges, labels=names), name in ("subtypes", "bleeding area"))
@@ -141,7 +141,8 @@ def worst_mistakes(
         rows = table[among & wrong].sort_values("off", ascending=False).drop_duplicates("PatientID").head(n)
         found.append(rows.assign(kind=kind, mistakes=(among & wrong).sum(), among=among.sum()))
     worst = pd.concat(found, ignore_index=True)
-    worst["truth"] = [", ".join(s for s in SUBTYPES if r[s]) or "no hemorrhage" for r in worst.to_dict("records")]
+    names = [", ".join(s for s in SUBTYPES if r[s] == 1) for r in worst.to_dict("records")]
+    worst["truth"] = [s or "no " * (k != "missed") + "hemorrhage" for s, k in zip(names, worst["kind"], strict=True)]
     return worst[["SOPInstanceUID", "kind", "p", "truth", "mistakes", "among"]]
 
 # %% ../nbs/24_explain.ipynb #24-026
@@ -211,11 +212,11 @@ def choose_slices(
     fold: int,  # the held-out fold
     n: int = 1,  # at most, of each subtype
 ) -> pd.DataFrame:  # rows of the cohort, and `label`, what to explain; a slice may stand under several
-    "Held-out slices of each subtype; one for `any` where nothing bleeds."
+    "Held-out slices of each subtype; four times as many of `any` where no subtype is known; one where nothing bleeds."
     held_out, chosen = cohort[cohort["fold"] == fold], []
-    for label in SUBTYPES if held_out["any"].any() else ("any",):
-        part = held_out[held_out[label] == 1] if label in SUBTYPES else held_out
-        k = min(n, len(part))
+    for label in (held_out["any"].any() and known_labels(held_out)[:-1]) or ["any"]:
+        part = held_out[held_out[label] == held_out["any"].max()]
+        k = min(n * (4 if label == "any" and part["any"].any() else 1), len(part))
         middles = (np.arange(k) + 0.5) / max(k, 1) * len(part)
         chosen.append(part.iloc[middles.astype(int)].assign(label=label))
     return pd.concat(chosen)

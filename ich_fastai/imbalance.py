@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'ALONE', 'CONVERGED', 'SHOWN', 'measure_arm', 'Arms', 'stack_seeds', 'compare_arms', 'spread',
-           'half_width', 'widen', 'arm_rows', 'table_2', 'subtract', 'difference_table', 'Shown', 'imbalance_table',
-           'finding_table', 'draw_estimate', 'plot_imbalance', 'plot_differences', 'compare']
+           'half_width', 'widen', 'arm_rows', 'table_2', 'subtract', 'difference_table', 'Shown', 'find_shown',
+           'imbalance_table', 'finding_table', 'plot_imbalance', 'plot_differences', 'compare']
 
 # %% ../nbs/25_imbalance.ipynb #25-003
 from collections.abc import Iterable, Sequence
@@ -19,13 +19,13 @@ from scipy.stats import t as student
 
 from .core import data_note, save_captioned, save_table
 from .guard import checked
-from .labels import LABELS
+from .labels import LABELS, fill_labels, known_labels
 from .sequence import series_logits
 from .arms import read_arms
 from .metrics import ESTIMATE, ROUNDING, SAME, Estimate, draw_patients, label_metrics, metric_rows
 from .metrics import say_difference, weighted_log_losses
 from .calibrate import correct_logits
-from .evaluate import KIND_COLORS
+from .evaluate import KIND_COLORS, draw_estimate
 
 # %% ../nbs/25_imbalance.ipynb #25-012
 MEASURED = ("auc", "average_precision", "log_loss", "calibration_error", "calibration_slope")
@@ -61,9 +61,11 @@ class Arms(NamedTuple):
 # %% ../nbs/25_imbalance.ipynb #25-018
 def stack_seeds(
     found: list[dict],  # of each seed, as `measure_arm` gives it
+    known: Sequence[str] = LABELS,  # labels that exist; without one of them there is no `all`
 ) -> dict[str, dict[str, np.ndarray]]:  # label: metric: (seeds, b)
     "The seeds of an arm under one another."
-    return {k: {m: np.stack([f[k][m] for f in found]) for m in of} for k, of in found[0].items()}
+    kept = {k: of for k, of in found[0].items() if k in known or len(known) == len(LABELS)}
+    return {k: {m: np.stack([f[k][m] for f in found]) for m in of} for k, of in kept.items()}
 
 # %% ../nbs/25_imbalance.ipynb #25-020
 def compare_arms(
@@ -77,7 +79,7 @@ def compare_arms(
     corrected, y = set(), np.empty(0)
     for arm, _, table in trainings:
         if not len(y):
-            y = table[list(LABELS)].to_numpy(np.int64)
+            y, known = fill_labels(table), known_labels(table)
             patient, draws = draw_patients(table["PatientID"], n_boot, seed)
         raw = undone = measure_arm(y, expit(series_logits(table)), patient, draws)
         if (table["keep_rate"].fillna(1) < 1).any():
@@ -86,7 +88,7 @@ def compare_arms(
         of = found.setdefault(arm, {"raw": [], "corrected": []})
         of["raw"].append(raw)
         of["corrected"].append(undone)
-    values = {arm: {kind: stack_seeds(each) for kind, each in of.items()} for arm, of in found.items()}
+    values = {arm: {kind: stack_seeds(each, known) for kind, each in of.items()} for arm, of in found.items()}
     return Arms(y, patient, values, tuple(arm for arm in values if arm in corrected))
 
 # %% ../nbs/25_imbalance.ipynb #25-024
@@ -212,6 +214,14 @@ SHOWN = {  # by label and metric
     ("any", "calibration_slope"): Shown("calibration slope of any", 1.0, "higher", "lower"),
 }
 
+
+def find_shown(
+    table: pd.DataFrame,  # with columns label and metric
+) -> dict[tuple[str, str], Shown]:
+    "SHOWN without what the data does not have: the weighted log loss needs all six labels."
+    there = set(zip(table["label"], table["metric"], strict=True))
+    return {key: shown for key, shown in SHOWN.items() if key in there}
+
 # %% ../nbs/25_imbalance.ipynb #25-046
 def imbalance_table(
     table: pd.DataFrame,  # as `table_2` gives it
@@ -221,9 +231,9 @@ def imbalance_table(
     rows = []
     for (arm, kind), part in table.groupby(["arm", "probabilities"], sort=False):
         if arm in corrected or kind == "raw":
-            of = part.set_index(["label", "metric"]).loc[list(SHOWN)]
+            of = part.set_index(["label", "metric"]).loc[list(find_shown(part))]
             row = {"arm": f"{arm}, {kind}" if arm in corrected else arm}
-            for key, shown in SHOWN.items():
+            for key, shown in find_shown(part).items():
                 found, seen = of.loc[key], np.array(str(of.loc[key, "by_seed"]).split(), float)
                 seen = f"; seeds {seen.min():.3f} to {seen.max():.3f}" if np.ptp(seen) > 0 else ""
                 row[shown.name] = f"{Estimate(*found[ESTIMATE])}{seen}"
@@ -246,7 +256,7 @@ def finding_table(
     for (arm, minus), part in kept.groupby(["arm", "minus"], sort=False):
         of = part.set_index(["label", "metric"])
         row = {"comparison": f"{arm}: corrected minus raw" if minus == "raw" else f"{arm} minus {minus}, corrected"}
-        for key, (name, _, above, below) in SHOWN.items():
+        for key, (name, _, above, below) in find_shown(part).items():
             difference = Estimate(*of.loc[key, ESTIMATE])
             why = f" ({difference.why})" if difference.has_value and not difference.has_interval else ""
             row[name] = f"{say_difference(difference, above, below)}: {difference}{why}"
@@ -254,24 +264,6 @@ def finding_table(
     return pd.DataFrame(rows or [{"comparison": "none: one arm was run, without undersampling"}])
 
 # %% ../nbs/25_imbalance.ipynb #25-052
-def draw_estimate(
-    ax,  # matplotlib Axes
-    y: float,
-    estimate: Estimate,
-    color: str,
-    filled: bool = True,
-    seeds: Iterable[float] = (),  # a value each
-) -> None:
-    "A point with its interval, behind it a mark for each seed; in words where there is none."
-    if not estimate.has_value:
-        ax.text(0.02, y, str(estimate), transform=ax.get_yaxis_transform(), fontsize=9, va="center")
-    else:
-        ax.plot(estimate.value, y, "o", ms=5, color=color, mfc=color if filled else "white", zorder=3)
-    if estimate.has_interval:
-        ax.plot([estimate.low, estimate.high], [y, y], color=color, lw=1.6, solid_capstyle="butt")
-    ax.plot(list(seeds), [y for _ in seeds], "|", ms=9, mew=1.2, color="black", alpha=0.55, zorder=2)
-
-# %% ../nbs/25_imbalance.ipynb #25-054
 def plot_imbalance(
     table: pd.DataFrame,  # as `table_2` gives it
     note: str = "",  # for the title, say "synthetic data"
@@ -282,7 +274,9 @@ def plot_imbalance(
     index, arms = ["label", "metric", "arm", "probabilities"], list(dict.fromkeys(table["arm"]))
     of = table.set_index(index)[[*ESTIMATE, "by_seed"]]
     fig, axes = plt.subplots(2, 2, figsize=(8.4, 2 + 0.8 * len(arms)), sharey=True)
-    for ax, (key, (name, mark, *_)) in zip(axes.flat, SHOWN.items(), strict=True):
+    shown = find_shown(table)
+    _ = [ax.axis("off") for ax in axes.flat[len(shown) :]]
+    for ax, (key, (name, mark, *_)) in zip(axes.flat, shown.items(), strict=False):
         for y, arm in enumerate(arms):
             for kind, by in (("raw", -0.16), ("corrected", 0.16)):
                 *estimate, seen = of.loc[(*key, arm, kind)]
@@ -299,7 +293,7 @@ def plot_imbalance(
     )
     return fig
 
-# %% ../nbs/25_imbalance.ipynb #25-056
+# %% ../nbs/25_imbalance.ipynb #25-054
 def plot_differences(
     differences: pd.DataFrame,  # as `difference_table` gives it, of two arms or more
     panels: dict[tuple[str, str], str],  # (label, metric): name
@@ -309,10 +303,12 @@ def plot_differences(
     import matplotlib.pyplot as plt
 
     others = differences[(differences["probabilities"] == "corrected") & (differences["minus"] != "raw")]
-    arms, n_rows = list(dict.fromkeys(others["arm"])), len(panels) // 2
+    arms, n_rows = list(dict.fromkeys(others["arm"])), -(-len(panels) // 2)
     of = others.set_index(["label", "metric", "arm"])
-    fig, axes = plt.subplots(n_rows, 2, figsize=(8.4, 0.7 + n_rows * (0.6 + 0.3 * len(arms))), sharey=True)
-    for ax, (key, name) in zip(axes.flat, panels.items(), strict=True):
+    size = (8.4, 0.7 + n_rows * (0.6 + 0.3 * len(arms)))
+    fig, axes = plt.subplots(n_rows, 2, figsize=size, sharey=True, squeeze=False)
+    _ = [ax.axis("off") for ax in axes.flat[len(panels) :]]
+    for ax, (key, name) in zip(axes.flat, panels.items(), strict=False):
         for y, arm in enumerate(arms):
             row = of.loc[(*key, arm)]
             draw_estimate(ax, y, Estimate(*row[ESTIMATE]), "#0072B2", filled=row["says"] in ("higher", "lower"))
@@ -324,7 +320,7 @@ def plot_differences(
     fig.suptitle(f"{title}\nfilled: the interval leaves 0 out; open: not resolved")
     return fig
 
-# %% ../nbs/25_imbalance.ipynb #25-059
+# %% ../nbs/25_imbalance.ipynb #25-057
 @checked
 def compare(
     run_dir: str | Path,  # of a run
@@ -344,8 +340,11 @@ def compare(
     figures = {"imbalance.svg": (plot_imbalance(tables["table_2"], note), caption)}
     if len(arms.values) > 1:
         chance = "Where nothing differs, one interval in twenty leaves 0 out."
-        shown, labels = {key: s.name for key, s in SHOWN.items()}, {(k, "auc"): f"AUC of {k}" for k in LABELS}
-        for name, panels in (("imbalance_differences", shown), ("imbalance_labels", labels)):
+        shown = {key: s.name for key, s in find_shown(differences).items()}
+        labels = {(k, "auc"): f"AUC of {k}" for k in LABELS if k in set(differences["label"])}
+        for name, panels in (("imbalance_differences", shown), ("imbalance_labels", labels))[
+            : len(labels)
+        ]:  # one label is in the first
             figures[f"{name}.svg"] = plot_differences(differences, panels, note), f"Differences of the arms. {chance}"
     save_captioned(figures, run_dir, note)
     return tables

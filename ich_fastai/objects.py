@@ -141,7 +141,7 @@ def tell_study(
     top = int(slices["any"].to_numpy(float).argmax())
     of = slices.iloc[top]
     lines: list[tuple[str, ...]] = [("probability of", "study", "cut", "slice")]
-    for label in LABELS:
+    for label in answer[list(LABELS)].dropna().index:
         mark, cut = (
             "+" * int(answer[f"call_{label}"] is not pd.NA and answer[f"call_{label}"] == 1),
             cuts.get(label, {}),
@@ -259,7 +259,7 @@ def make_report(
     algorithm = sr.AlgorithmIdentification("ich_fastai", about["versions"]["ich_fastai"], told)
     uid = fix_uid(about["weights_sha256"])
     device = sr.DeviceObserverIdentifyingAttributes(uid, "ich_fastai", model_name=about["architecture"])
-    for label in LABELS:
+    for label in answer[list(LABELS)].dropna().index:
         on = slices.index[slices[f"call_{label}"].eq(1).fillna(False)]
         called = [(stands[i], slices.loc[i, "frame"]) for i in on]
         groups.append(make_finding(label, answer, cuts.get(label, {}).get("threshold"), called, algorithm))

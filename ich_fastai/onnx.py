@@ -89,6 +89,7 @@ def describe_graph(
         "input": "hu: int16 (n, 2 * neighbors + 1, cache_size, cache_size), HU, from below to above",
         "outputs": "logits of the network; probabilities, calibrated, of each slice read alone",
         "labels": list(LABELS),
+        "labels_trained": card.get("labels", list(LABELS)),
         "neighbors": settings.neighbors,
         "cache_size": card["cache_size"],
         "image_size": settings.image_size,

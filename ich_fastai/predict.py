@@ -67,7 +67,7 @@ def decide(
     study: np.ndarray | None = None,  # (n,) int, number of each slice's study from 0 on
     mm: np.ndarray | None = None,  # (n,) of `slice_lengths`; the same for all by default
 ) -> pd.DataFrame:  # LABELS float64 on the natural mix; CALLS Int8, null without a threshold; SETS str
-    "Probabilities, calls and sets of new slices or, with `study`, of studies, as notebook 22 evaluates them."
+    "Probabilities, calls and sets of new slices or studies, as notebook 22 evaluates them; none of untrained labels."
     level, name = ("slice", "calibration") if study is None else ("study", "study_calibration")
     x = order_logits(to_logits(logits, card["corrections"].get("keep_rate", 1.0)))
     if study is not None:
@@ -79,7 +79,9 @@ def decide(
     table[CALLS] = pd.DataFrame(np.where(np.isnan(threshold), np.nan, table >= threshold)).astype("Int8")
     present, absent = ~(x < present_from), ~(x > absent_to)  # without a bound, nan, a set holds the value
     table[SETS] = np.select([present & ~absent, absent & ~present], ["present", "absent"], "undecided")
-    return table
+    for label in set(LABELS) - set(card.get("labels", LABELS)):  # the training had no labels of it
+        table[label], table[f"call_{label}"], table[f"set_{label}"] = np.nan, pd.NA, ""
+    return table.astype(dict.fromkeys(CALLS, "Int8"))
 
 # %% ../nbs/31_predict.ipynb #31-024
 DETAILS = {"description": "SeriesDescription", "thickness_mm": "thickness_mm", "spacing_mm": "spacing_mm"}
@@ -213,6 +215,8 @@ def format_studies(
     "The table for a screen of 80 columns and what its marks mean; a long id keeps its end."
     rows = studies[["slices"]].copy()
     for label, short in SHORT.items():
+        if studies[label].isna().all():  # the model was not trained on it
+            continue
         cells = zip(studies[label], studies[f"call_{label}"].fillna(0), studies[f"set_{label}"], strict=True)
         rows[f"{short}  "] = [f"{p:.2f}{' +'[call]}{'?' if of == 'undecided' else ' '}" for p, call, of in cells]
     ids = [uid if len(uid) < 25 else f"...{uid[-21:]}" for uid in map(str, studies.index)]

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 
 from .core import MARKED, InputError, read_stage, save_json, save_table, stage_file, write_checked
 from .guard import checked
-from .labels import LABELS, LOGITS
+from .labels import LABELS, LOGITS, fill_labels
 from .batches import Place, SliceBatches, one_thread
 from .model import Model, keep_features, load_model, predict_logits
 from .sequence import ADDED, read_together, smooth_logits, split_patients
@@ -215,7 +215,7 @@ def add_recurrent(
     "The predictions with what recurrent networks add to them."
     smooth, share = float(table["smooth"].iloc[0]), float(table["keep_rate"].iloc[0])
     scans = make_scans(table[LOGITS], features, table["SeriesInstanceUID"], table["z_mm"], smooth)
-    y, patients = table[list(LABELS)].to_numpy(), table["PatientID"].to_numpy()
+    y, patients = fill_labels(table), table["PatientID"].to_numpy()
     added, part, network, facts = cross_fit_series(scans, y, patients, units, share=share, seed=seed, steps=steps)
     columns = dict(zip(ADDED, added.astype(np.float32).T, strict=True))
     return table.assign(part=part, **columns), network, {"units": units, "parts": PARTS} | facts

@@ -42,12 +42,12 @@ from .core import COLORS, InputError, read_run_file, read_stage, save_figure, sa
 from .core import stage_file, write_checked
 from .workers import count_cores, local_pool, run_shards
 from .guard import checked
-from .labels import LABELS, LOGITS, SUBTYPES
+from .labels import LABELS, LOGITS, SUBTYPES, known_labels
 from .cache import read_size
 from .cohort import describe_data, training_rows
 from .batches import Settings, find_place, one_thread, slice_loaders
 from .model import Average, build_model, loss_weights, make_card, make_loss
-from .model import save_model, share_norms
+from .model import mute_labels, save_model, share_norms
 
 # %% ../nbs/12_train.ipynb #12-007
 def split_decay(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:  # weights of layers; norms and biases
@@ -321,7 +321,8 @@ def fit_fold(
     facts: dict = {"fold": fold, "slices": len(rows), "positives": int(rows["any"].sum()), "keep_rate": keep_rate}
     facts |= {"images_seen": settings.epochs * len(dls.train) * dls.train.bs}
     facts |= {"loss_weights": weights.round(6).to_dict(), "fingerprint": checkpoint.fingerprint}
-    predictions = _prediction_table(cohort[cohort["fold"] == fold], journal.logits.numpy(), keep_rate)
+    logits = mute_labels(journal.logits, known_labels(rows))
+    predictions = _prediction_table(cohort[cohort["fold"] == fold], logits.numpy(), keep_rate)
     kept = average[0].ema.module if average else learner.model
     return Fold(kept, predictions, pd.DataFrame(journal.history).assign(fold=fold, seed=settings.seed), facts)
 

@@ -151,7 +151,7 @@ def judge_answers(
 ) -> dict[str, Judged]:  # slice, study: those at which there are labels
     "Answers set against labels. Raises `InputError` where no answer has a label."
     good, labels = answers[answers["error"].isna()], dataset.labels
-    names = [name for name in LABELS if name in labels]
+    names = [name for name in LABELS if name in labels and name in card.get("labels", LABELS)]
     studies = good["study"].drop_duplicates().sort_values()
     parts: dict = {}
     if dataset.level == "slice":

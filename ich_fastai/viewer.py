@@ -129,7 +129,7 @@ def draw_strip(
     for k, (label, color) in enumerate(DARK_COLORS.items()):
         base = 10 * k + 8.4
         calls = slices[f"call_{label}"].astype("Float64").fillna(0)
-        for i, (p, call) in enumerate(zip(slices[label], calls, strict=True)):
+        for i, (p, call) in enumerate(zip(slices[label].fillna(0), calls, strict=True)):
             height = max(0.25, 7.6 * float(p) ** 0.5)
             box = f'x="{i + 0.1:.1f}" y="{base - height:.2f}" width=".8" height="{height:.2f}"'
             parts.append(f'<rect {box} fill="{color}" opacity="{1 if call else 0.4}"/>')
@@ -212,9 +212,9 @@ def fill_template(
 
 # %% ../nbs/32_viewer.ipynb #32-038
 def _answers(table: pd.DataFrame) -> list[dict]:
-    "Probabilities, calls and whether undecided, a dict a row; None where there is no call."
-    calls = table[CALLS].astype(object).where(table[CALLS].notna(), None)
-    parts = (table[list(LABELS)].astype(float).round(4), calls, table[SETS] == "undecided")
+    "Probabilities, calls and whether undecided, a dict a row; None where there is none."
+    found = table[list(LABELS)].astype(float).round(4), table[CALLS]
+    parts = [x.astype(object).where(x.notna(), None) for x in found] + [table[SETS] == "undecided"]
     return [
         {"p": p, "call": c, "undecided": u} for p, c, u in zip(*(x.to_numpy().tolist() for x in parts), strict=True)
     ]

@@ -10,7 +10,8 @@ from conftest import CANARY, PROJECT, find_canaries
 
 from ich_fastai.core import InputError
 from ich_fastai.labels import LABELS, LOGITS
-from ich_fastai.reproduce import STAGES, declared_parameters, prepare_data
+from ich_fastai.inputs import prepare_data
+from ich_fastai.reproduce import STAGES, declared_parameters
 
 
 def test_the_chain_runs_and_prints_headline_and_report(tiny_run):

@@ -1,20 +1,27 @@
 """Pictures of another hospital as a run folder: HU, orientation, order, faults; the counts of the real set."""
 
-import json
-
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
 
+from ich_fastai.adopt import adopt, frame_heads
 from ich_fastai.cache import Cache
+from ich_fastai.cohort import make_cohort
 from ich_fastai.core import DicomError, InputError, Window, read_stage
-from ich_fastai.external import PICTURE_SETS, PictureSet, cache_pictures, frame_heads, head_frame, import_pictures
+from ich_fastai.datasets import find_facts, open_pictures
+from ich_fastai.external import PICTURE_SETS, PictureSet, head_frame
 from ich_fastai.external import read_picture, read_picture_labels, skull_box, to_hu, to_picture
 from ich_fastai.labels import SUBTYPES
 from ich_fastai.tiny import tiny_cohort
 
 BRAIN = Window(40, 120)
+
+
+def import_pictures(folder, run, about, size=256):
+    "The set as a run folder; its cohort."
+    adopt(open_pictures(about, folder, None, find_facts("phe_sich")), run, cache_size=size)
+    return make_cohort(run, n_folds=2)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +75,13 @@ def test_a_lying_picture_is_set_upright(tmp_path):
         assert np.argwhere(read_picture(tmp_path / "p.png", BRAIN, turns) > 60).tolist() == [[0, 5]]
 
 
-def test_a_set_becomes_a_run_folder_in_order(slices, picture_set, tmp_path, capsys):
+def test_a_set_becomes_a_run_folder_in_order(slices, picture_set, tmp_path):
     rows, hu = slices
-    cohort = import_pictures(picture_set, tmp_path / "run", PictureSet(BRAIN, turns=1), n_folds=2)
-    assert "has no epidural, intraparenchymal" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "dataset.json").read_text())["labels_unknown"] == list(SUBTYPES)
+    cohort = import_pictures(picture_set, tmp_path / "run", PictureSet(BRAIN, turns=1))
+    assert any("No labels of epidural, intra" in text for text in read_stage(tmp_path / "run", "dataset.json")["says"])
     assert cohort["PatientID"].tolist() == rows["PatientID"].tolist(), "sorted by patient, then from below"
     assert cohort["z_mm"].tolist() == [5.0 * n for n in rows["position"]]
-    assert cohort["any"].tolist() == rows["any"].tolist() and not cohort[list(SUBTYPES)].any(axis=None)
+    assert cohort["any"].tolist() == rows["any"].tolist() and cohort[list(SUBTYPES)].isna().all(axis=None)
     assert cohort.groupby("PatientID")["position"].apply(list).tolist() == [[0, 1, 2]] * 2
     pixels = Cache(tmp_path / "run" / "cache").gather(cohort["address"].to_numpy())
     inside = (hu > -19) & (hu < 99)
@@ -85,12 +91,15 @@ def test_a_set_becomes_a_run_folder_in_order(slices, picture_set, tmp_path, caps
 
 
 def test_another_window_for_some_patients(slices, picture_set, tmp_path):
-    patients = slices[0]["PatientID"].unique()
-    about = PictureSet(BRAIN, {patients[1]: Window(40, 80)}, turns=1)
-    import_pictures(picture_set, tmp_path / "run", about, n_folds=2)
-    table = read_stage(tmp_path / "run", "slices.parquet").drop_duplicates("PatientID").set_index("PatientID")
-    assert table.loc[patients, "slope"].round(4).tolist() == [round(120 / 255, 4), round(80 / 255, 4)]
-    assert table.loc[patients, "intercept"].tolist() == [-20, 0]
+    rows, hu = slices
+    other = rows["PatientID"].unique()[1]
+    names = pd.read_csv(picture_set / "labels.csv").query("patient == @other")["slice"]
+    for name, x in zip(names, hu[rows["PatientID"].eq(other).to_numpy()], strict=True):
+        cv2.imwrite(str(picture_set / "slices" / f"{name}.png"), np.rot90(to_picture(x, Window(40, 80))))
+    cohort = import_pictures(picture_set, tmp_path / "run", PictureSet(BRAIN, {other: Window(40, 80)}, turns=1))
+    pixels = Cache(tmp_path / "run" / "cache").gather(cohort["address"].to_numpy())
+    inside = (hu > 1) & (hu < 79)
+    assert np.abs(pixels - hu)[inside].max() <= 1
 
 
 def test_what_cannot_be_used_is_a_row_with_the_reason(picture_set, tmp_path):
@@ -99,15 +108,10 @@ def test_what_cannot_be_used_is_a_row_with_the_reason(picture_set, tmp_path):
     cv2.imwrite(str(folder / "s8.png"), np.full((8, 8), 900, np.uint16))
     cv2.imwrite(str(folder / "s7.png"), np.dstack([np.full((8, 8), k, np.uint8) for k in (1, 2, 3)]))
     cv2.imwrite(str(folder / "other.png"), np.zeros((8, 8), np.uint8))
-    rows, _ = read_picture_labels(picture_set / "labels.csv")
-    table = cache_pictures(picture_set, tmp_path / "run" / "cache", PictureSet(BRAIN), rows, 32)
-    errors = table.set_index("file")["error"].dropna().str.split(":").str[0].to_dict()
-    assert errors == {
-        "s9.png": "cannot be decoded",
-        "s8.png": "not an 8-bit picture",
-        "s7.png": "not gray",
-        "other.png": "no row in the label CSV",
-    }
+    import_pictures(picture_set, tmp_path / "run", PictureSet(BRAIN), 32)
+    table = read_stage(tmp_path / "run", "slices.parquet").set_index("StudyInstanceUID")
+    assert len(table) == 4 and table["error"].notna().sum() == 1, "a patient without a readable picture is one row"
+    assert table["error"].dropna().item().endswith("no readable picture")
     assert table.loc[table["error"].isna(), "row"].tolist() == [0, 1, 2]
 
 
@@ -126,7 +130,7 @@ def test_useless_input_is_one_line(picture_set, tmp_path):
         read_picture_labels(tmp_path / "none.csv")
     for path in (picture_set / "slices").iterdir():
         path.write_bytes(b"-")
-    with pytest.raises(InputError, match="no readable picture"):
+    with pytest.raises(InputError, match="no readable slice, e.g. .*no readable picture"):
         import_pictures(picture_set, tmp_path / "run", PictureSet(BRAIN))
     with pytest.raises(DicomError, match="cannot be read"):
         read_picture(tmp_path / "none.png", BRAIN)
@@ -140,7 +144,7 @@ def test_heads_of_one_size(slices, picture_set, tmp_path):
     for name in names.loc[names["patient"] == small, "slice"]:
         path = str(picture_set / "slices" / f"{name}.png")
         cv2.imwrite(path, np.pad(cv2.imread(path, cv2.IMREAD_UNCHANGED), ((200, 56), (40, 216))))
-    import_pictures(picture_set, tmp_path / "run", PictureSet(BRAIN, turns=1), n_folds=2)
+    import_pictures(picture_set, tmp_path / "run", PictureSet(BRAIN, turns=1))
     frame_heads(tmp_path / "run", tmp_path / "framed")
     assert read_stage(tmp_path / "framed", "dataset.json") == read_stage(tmp_path / "run", "dataset.json")
     boxes = {}

@@ -31,7 +31,7 @@ from ich_fastai.core import InputError, save_json
 from ich_fastai.deliver import ich_predict
 from ich_fastai.evaluate import evaluate
 from ich_fastai.explain import explain
-from ich_fastai.external import import_pictures
+from ich_fastai.adopt import adopt
 from ich_fastai.guard import LISTS, RANGES, check_ranges, hold_folder, make_scratch
 from ich_fastai.imbalance import compare
 from ich_fastai.ingest import ingest
@@ -180,7 +180,7 @@ STAGE_CALLS = {  # each stage from Python, on a folder that is not there: a wron
     "controls": (controls, {"run_dir": "nowhere"}),
     "explain": (explain, {"run_dir": "nowhere"}),
     "compare": (compare, {"run_dir": "nowhere"}),
-    "import_pictures": (import_pictures, {"data_dir": "nowhere", "run_dir": "nowhere", "about": None}),
+    "adopt": (adopt, {"dataset": None, "run_dir": "nowhere"}),
     "Settings": (Settings, {}),
 }
 ALIAS = {("train_arms", "epochs"): "arm_epochs", ("train_arms", "epoch_size"): "arm_epoch_size"}
