@@ -109,7 +109,7 @@ def real_data():
 IMPORTED = (
     "fastai.distributed fastai.learner fastai.callback.all timm sklearn.metrics scipy.stats pandas polars pydicom cv2"
 )
-IMPORTED += " matplotlib.pyplot seaborn ipykernel.kernelapp papermill nbconvert nbdev.test"
+IMPORTED += " matplotlib.pyplot seaborn papermill nbconvert nbdev.test"
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ process's folder, environment and streams; it ends as that ends, and that ends w
 MODULE...` imports the modules and forks; it ends with the process PID."""
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ def serve(address, owner, modules):
 
     for module in modules:
         importlib.import_module(module)
+    gc.freeze()  # or each fork would copy all that its collector looks at
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address + ".part")
         listener.listen(64)
@@ -45,7 +47,7 @@ def serve(address, owner, modules):
                 continue
             if os.fork() == 0:
                 listener.close()
-                return watch(asked)
+                watch(asked)
             asked.close()
 
 
@@ -74,7 +76,7 @@ def watch(asked):
     pid = os.fork()
     if pid == 0:
         asked.close()
-        return run(order, streams)
+        run(order, streams)
     for stream in streams:
         os.close(stream)
     threading.Thread(target=lambda: asked.recv(1) or os.kill(pid, signal.SIGKILL), daemon=True).start()
@@ -99,9 +101,31 @@ def run(order, streams):
     sys.argv = arguments[is_module:]
     sys.path[0] = folder if is_module else os.path.dirname(os.path.abspath(arguments[0]))
     if is_module:
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(arguments[0], run_name="__main__")
+        leave(lambda: runpy.run_module(arguments[1], run_name="__main__", alter_sys=True))
+    leave(lambda: runpy.run_path(arguments[0], run_name="__main__"))
+
+
+def leave(program):
+    "Run it and end as Python would, without taking apart all that is imported."
+    import atexit
+    import threading
+    import traceback
+
+    code = 0
+    try:
+        program()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if not isinstance(e.code, int | None):
+            print(e.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
