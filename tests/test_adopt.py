@@ -23,6 +23,7 @@ from ich_fastai.model import NEVER, load_model, loss_weights, make_loss
 from ich_fastai.predict import decide, format_studies, summarize_studies
 from ich_fastai.reproduce import reproduce
 from ich_fastai.train import fit
+from ich_fastai.validate import validate
 
 TINY = {"arch": "resnet10t", "image_size": 32, "neighbors": 0, "epochs": 1, "batch_size": 16, "epoch_size": 32}
 
@@ -95,6 +96,16 @@ def test_the_network_is_silent_on_what_it_has_not_learned(adopted):
     slices = predictions.assign(error=None, z_mm=np.nan)
     shown = format_studies(summarize_studies(slices, model.card))
     assert "any" in shown.splitlines()[0] and "EDH" not in shown.splitlines()[0] and "nan" not in shown
+
+
+def test_elsewhere_it_is_asked_for_what_it_knows(adopted, tmp_path):
+    write_layout("folder", tmp_path / "data", numbers=(1, 2, 3, 4))
+    tables = validate(adopted / "model", open_dataset("folder", tmp_path / "data"), tmp_path / "out", n_boot=20)
+    assert all(set(tables[name]["label"]) == {"any"} for name in ("metrics", "headline", "thresholds", "calibration"))
+    pages = [path.read_text() for path in (tmp_path / "out" / "pages").iterdir()]
+    assert pages and all('"p": [null, null, null, null, null, ' in page and "NaN" not in page for page in pages)
+    with pytest.raises(InputError, match="refused: the model was trained on phe_sich"):
+        validate(adopted / "model", open_dataset("phe_sich", adopted.parent / "data"), tmp_path / "own")
 
 
 def test_the_runner_begins_with_the_dataset_says_it_once_and_resumes(tmp_path):
