@@ -55,7 +55,8 @@ def score_stack(
     "The logits of a series, each slice read with those beside it where an order is known (notebooks 13 and 17)."
     inputs = find_inputs(len(stack.hu), model.settings.neighbors, stack.step)
     z_mm = z_mm if stack.step else np.full(len(inputs), np.nan)
-    return predict_series(model, stack.hu, inputs, np.zeros(len(inputs)), z_mm)
+    apart = np.arange(len(inputs)) % np.int64(max(1, stack.step))  # slices as far from each other as in training
+    return predict_series(model, stack.hu, inputs, apart, z_mm)
 
 # %% ../nbs/31_predict.ipynb #31-018
 CALLS, SETS = [f"call_{label}" for label in LABELS], [f"set_{label}" for label in LABELS]
