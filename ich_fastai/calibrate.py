@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq
 from scipy.special import expit, logit
 
 from .labels import LABELS, fill_labels, known_labels
@@ -66,6 +65,8 @@ def fit_platt(
     prior: float | None = None,  # patients that hold it back; PRIOR_PATIENTS by default
 ) -> tuple[float, float]:  # slope, intercept; 1, 0 where a class is missing; slope 1 where scores are inverted
     "Platt's calibration map, held back by prior patients: probability = expit(slope * x + intercept)."
+    from scipy.optimize import brentq  # a prediction need not wait for it
+
     n = min(len(np.unique(patients[y == value])) for value in (0, 1))  # patients with the rarer class
     if not n:
         return 1.0, 0.0

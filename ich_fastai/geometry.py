@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['AIR', 'RAYS', 'REACH', 'SLAB_MM', 'find_body', 'Look', 'measure_noise', 'measure_look', 'find_turn', 'stand_upright',
-           'upright_position', 'Geometry', 'find_geometry', 'choose_field', 'cut_field', 'fit_slice', 'make_slabs',
-           'average_slabs']
+           'upright_position', 'Geometry', 'find_geometry', 'choose_field', 'share_pixels', 'cut_field', 'fit_slice',
+           'make_slabs', 'average_slabs']
 
 # %% ../nbs/14_geometry.ipynb #14-002
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import cv2
@@ -39,6 +40,7 @@ class Look(NamedTuple):
     bright: float = 0.0  # share of it in 110 to 400 HU, 2 cm and more from the bone
     noise: float = 0.0  # HU, standard deviation, of neighboring pixels of soft tissue
     box: tuple[int, ...] = (0, 0, 0, 0)  # left, top, width, height of the head, mm
+    middle: tuple[float, float] = (0.0, 0.0)  # of the head's outline, mm from the top and from the left
     cut: bool = False  # does it reach the image's border?
 
     @property
@@ -65,7 +67,8 @@ def measure_look(
     if (body := find_body(mm)) is None:
         return Look()
     mask, box = body
-    x, y, w, h = box
+    (x, y, w, h), outline = box, cv2.moments(mask.astype(np.uint8), True)
+    middle = (outline["m01"] / outline["m00"] + 0.5, outline["m10"] / outline["m00"] + 0.5)  # finer than the box, 1 mm
     only = np.where(mask, mm, np.float32(AIR)) - np.float32(AIR)
     how = cv2.INTER_LINEAR | cv2.WARP_FILL_OUTLIERS  # without the latter, what lies outside is left as memory had it
     polar = cv2.warpPolar(only, (REACH, RAYS), (x + w / 2, y + h / 2), REACH, how) + np.float32(AIR)
@@ -78,7 +81,7 @@ def measure_look(
         area.append(np.where((r < bone[:, None] - depth) & ring[:, None], r, 0))
     shares = [(area[k] * ((soft > low) & (soft < high))).sum() / max(1, area[k].sum())
               for k, low, high in ((0, 0, 80), (1, 110, 400))]  # fmt: skip
-    return Look(float(ring.mean()), float(shares[0]), float(shares[1]), measure_noise(hu), box, cut)
+    return Look(float(ring.mean()), float(shares[0]), float(shares[1]), measure_noise(hu), box, middle, cut)
 
 # %% ../nbs/14_geometry.ipynb #14-012
 def find_turn(
@@ -136,7 +139,7 @@ def find_geometry(card: dict) -> Geometry | None:  # model.json
 # %% ../nbs/14_geometry.ipynb #14-021
 def choose_field(
     sides: tuple[float, float],  # mm, height and width of the image
-    head: float,  # mm, the longer side of the head
+    head: float,  # mm, side of the square that holds the head
     geometry: Geometry | None,  # None: as it is
 ) -> float | None:  # mm, side of the square to cut; None for the whole image
     "The field of view to give a series."
@@ -147,40 +150,53 @@ def choose_field(
         return None
     return min(max(usual, head + 10), max(high, usual))
 
-# %% ../nbs/14_geometry.ipynb #14-023
+# %% ../nbs/14_geometry.ipynb #14-024
+@lru_cache(maxsize=4)  # the rows and columns of a series
+def share_pixels(
+    n: int,  # pixels in a line
+    mm: float,  # side of one
+    first: float,  # mm from where they begin to where the new ones begin
+    field: float,  # mm, length of the new line
+    size: int,  # its pixels
+) -> np.ndarray:  # (size, n) float32
+    "How much of each new pixel each old one gives: its share of the area, or by distance where old ones are larger."
+    old, middle = np.arange(n + 1) * mm, first + (np.arange(size)[:, None] + 0.5) * field / size
+    half = max(field / size, mm) / 2  # two boxes as wide as each other overlap as linear interpolation weighs
+    over = np.minimum(middle + half, old[1:]) - np.maximum(middle - half, old[:-1])
+    return (over.clip(0) / (2 * half)).astype(np.float32)
+
+# %% ../nbs/14_geometry.ipynb #14-026
 def cut_field(
     hu: np.ndarray,  # (H, W) HU
     spacing: tuple[float, float],  # mm between rows and between columns
     center: tuple[float, float],  # mm from the top and from the left
     field: float,  # mm
-) -> np.ndarray:  # HU, the same type, about (field / spacing) px
+    size: int,  # px
+) -> np.ndarray:  # (size, size) HU, the same type
     "A square of the slice around a point; air where it reaches beyond the image."
-    size = [max(1, round(field / s)) for s in spacing]
-    first = [round((c - field / 2) / s) for c, s in zip(center, spacing, strict=True)]
-    out = np.full(size, AIR, hu.dtype)
-    here = [slice(max(f, 0), max(min(f + n, h), 0)) for f, n, h in zip(first, size, hu.shape, strict=True)]
-    there = [slice(s.start - f, s.stop - f) for s, f in zip(here, first, strict=True)]
-    if all(s.start < s.stop for s in here):
-        out[there[0], there[1]] = hu[here[0], here[1]]
-    return out
+    lines = zip(hu.shape, spacing, center, strict=True)
+    rows, columns = (share_pixels(n, s, c - field / 2, field, size) for n, s, c in lines)
+    out = rows @ (hu.astype(np.float32) - np.float32(AIR)) @ columns.T + np.float32(AIR)
+    return (np.rint(out) if hu.dtype.kind == "i" else out).astype(hu.dtype)
 
-# %% ../nbs/14_geometry.ipynb #14-025
+# %% ../nbs/14_geometry.ipynb #14-028
 def fit_slice(
     hu: np.ndarray,  # (H, W) HU
     spacing: tuple[float, float],  # mm between rows and between columns
     center: tuple[float, float],  # mm of the head, from the top and from the left; NaN: the image's
-    head: float,  # mm, the longer side of the head; NaN where unknown
+    head: float,  # mm, side of the square around it that holds the head; NaN where unknown
     geometry: Geometry | None,  # of the training
-) -> tuple[np.ndarray, str]:  # HU, `hu` itself where nothing is to do; what was done
+    size: int,  # px, of the cache
+) -> tuple[np.ndarray, str]:  # HU, `hu` itself where nothing is to do, else (size, size); what was done
     "A slice in the training's field of view."
     sides = hu.shape[0] * spacing[0], hu.shape[1] * spacing[1]
     field = choose_field(sides, 0.0 if math.isnan(head) else head, geometry)
     if field is None:
         return hu, ""
     top, left = (side / 2 if math.isnan(c) else c for c, side in zip(center, sides, strict=True))
-    return cut_field(hu, spacing, (top, left), field), f"field of {max(sides):.0f} mm brought to {field:.0f}"
+    return cut_field(hu, spacing, (top, left), field, size), f"field of {max(sides):.0f} mm brought to {field:.0f}"
 
-# %% ../nbs/14_geometry.ipynb #14-028
+# %% ../nbs/14_geometry.ipynb #14-033
 SLAB_MM = 5.0  # mm, the thickest slices usual for head CT
 
 
@@ -201,7 +217,7 @@ def make_slabs(
         slab, gap = np.unique(slab, return_inverse=True)[1], (z[-1] - z[0] + gap) / n
     return slab, max(1, round(usual / gap))
 
-# %% ../nbs/14_geometry.ipynb #14-030
+# %% ../nbs/14_geometry.ipynb #14-035
 def average_slabs(
     hu: np.ndarray,  # (n, H, W) int16 HU
     slab: np.ndarray,  # (n,) int from 0 on, sorted

@@ -212,11 +212,11 @@ def words(text: str) -> set[str]:
 # %% ../nbs/15_images.ipynb #15-019
 def refuse_image(tags: dict) -> str:  # of `read_tags`
     "Why an image is no slice in HU; empty where nothing speaks against it."
-    from pydicom.uid import UID
-
     said = words(tags["ImageType"])
     kinds = [what for word, what in NO_SLICE.items() if word in said]
     if tags["SOPClassUID"] and tags["SOPClassUID"] not in CT_CLASSES:
+        from pydicom.uid import UID
+
         return f"no CT image: {UID(tags['SOPClassUID']).name}"
     if tags["Modality"] != "CT":
         return f"not CT: Modality is {tags['Modality'] or 'missing'}"

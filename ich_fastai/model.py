@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -61,17 +60,46 @@ def mute_labels(
     return logits.masked_fill(torch.tensor([label not in known for label in LABELS], device=logits.device), NEVER)
 
 # %% ../nbs/11_model.ipynb #11-018
-def _put_head(backbone: torch.nn.Module, n_in: int, image_size: int) -> torch.nn.Module:
-    "fastai's head on a backbone; one whose features are no map of channels (most transformers) pools for itself."
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch, about fastai's layers
-        from fastai.vision.learner import TimmBody, add_head
+class _Body(torch.nn.Module):
+    "fastai's TimmBody: the backbone without its classifier; one whose features are no map of channels pools itself."
 
-    body, x = TimmBody(backbone).eval(), torch.zeros(1, n_in, image_size, image_size)
-    with torch.no_grad():
-        features = backbone.forward_features(x)
-        body.needs_pool = features.ndim == 4 and features.shape[1] == backbone.num_features
-        n_features = body(x).shape[1]
-    return add_head(body.train(), n_features, len(LABELS), pool=body.needs_pool)
+    def __init__(self, model: torch.nn.Module, x: torch.Tensor):  # a timm backbone; an input
+        super().__init__()
+        self.model = model.eval()
+        with torch.no_grad():
+            features = model.forward_features(x)
+            self.is_map = features.ndim == 4 and features.shape[1] == model.num_features
+            self.n_features = self(x).shape[1]
+        self.train()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (n, n_in, H, W) to (n, n_features, h, w) or (n, n_features)
+        return self.model.forward_features(x) if self.is_map else self.model(x)
+
+
+class _Pool(torch.nn.Module):
+    "fastai's AdaptiveConcatPool2d: the largest and the mean of each channel."
+
+    def __init__(self):
+        super().__init__()
+        self.ap, self.mp = torch.nn.AdaptiveAvgPool2d(1), torch.nn.AdaptiveMaxPool2d(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (n, c, h, w) to (n, 2 c, 1, 1)
+        return torch.cat([self.mp(x), self.ap(x)], 1)
+
+
+def _put_head(backbone: torch.nn.Module, n_in: int, image_size: int) -> torch.nn.Module:
+    "fastai's head on a backbone: two linear layers, each after batch norm and dropout."
+    body = _Body(backbone, torch.zeros(1, n_in, image_size, image_size))
+    layers: list[torch.nn.Module] = [_Pool(), torch.nn.Flatten()] if body.is_map else []
+    for n, out, p in ((body.n_features * (1 + body.is_map), 512, 0.25), (512, len(LABELS), 0.5)):
+        layers += [torch.nn.BatchNorm1d(n), torch.nn.Dropout(p), torch.nn.Linear(n, out, bias=False)]
+        layers.append(torch.nn.ReLU(inplace=True))
+    for layer in layers:
+        if isinstance(layer, torch.nn.BatchNorm1d):
+            torch.nn.init.constant_(layer.bias, 1e-3)
+        elif isinstance(layer, torch.nn.Linear):
+            torch.nn.init.kaiming_normal_(layer.weight)
+    return torch.nn.Sequential(body, torch.nn.Sequential(*layers[:-1]))
 
 
 def _create(arch: str, n_in: int, image_size: int, pretrained: bool = False, **options) -> torch.nn.Module:

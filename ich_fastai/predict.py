@@ -55,9 +55,10 @@ def score_stack(
     "The logits of a series, each slice read with those beside it where an order is known (notebooks 13 and 17)."
     inputs = find_inputs(len(stack.hu), model.settings.neighbors, stack.step)
     z_mm = z_mm if stack.step else np.full(len(inputs), np.nan)
-    return predict_series(model, stack.hu, inputs, np.zeros(len(inputs)), z_mm)
+    apart = np.arange(len(inputs)) % np.int64(max(1, stack.step))  # slices as far from each other as in training
+    return predict_series(model, stack.hu, inputs, apart, z_mm)
 
-# %% ../nbs/31_predict.ipynb #31-018
+# %% ../nbs/31_predict.ipynb #31-020
 CALLS, SETS = [f"call_{label}" for label in LABELS], [f"set_{label}" for label in LABELS]
 
 
@@ -83,7 +84,7 @@ def decide(
         table[label], table[f"call_{label}"], table[f"set_{label}"] = np.nan, pd.NA, ""
     return table.astype(dict.fromkeys(CALLS, "Int8"))
 
-# %% ../nbs/31_predict.ipynb #31-024
+# %% ../nbs/31_predict.ipynb #31-026
 DETAILS = {"description": "SeriesDescription", "thickness_mm": "thickness_mm", "spacing_mm": "spacing_mm"}
 DETAILS |= {"kernel": "ConvolutionKernel"}
 
@@ -108,7 +109,7 @@ def tabulate_answers(
     order = ["StudyInstanceUID", "SeriesInstanceUID", "z_mm", "file", "frame"]
     return table[[*columns, *LOGITS, "error", "frame", *DETAILS.values()]].sort_values(order)
 
-# %% ../nbs/31_predict.ipynb #31-025
+# %% ../nbs/31_predict.ipynb #31-027
 def predict_survey(
     model: Model,  # of `load_model`
     survey: Survey,  # of `survey_files`; its table's notes grow
@@ -137,7 +138,7 @@ def predict_survey(
     answers = decide(logits.to_numpy(np.float64), model.card).set_index(logits.index).join(logits)
     return tabulate_answers(survey, answers, error)
 
-# %% ../nbs/31_predict.ipynb #31-026
+# %% ../nbs/31_predict.ipynb #31-028
 def check_used(
     series: pd.DataFrame,  # of a survey
     n: int,  # images
@@ -164,7 +165,7 @@ def see_study(
         check_used(survey.series, len(survey.images))
         return predict_survey(model, survey, pixels), survey
 
-# %% ../nbs/31_predict.ipynb #31-027
+# %% ../nbs/31_predict.ipynb #31-029
 def predict_study(
     model: Model,  # of `load_model`
     dicom: str | Path | Sequence[str | Path],  # as `see_study` has it
@@ -173,7 +174,7 @@ def predict_study(
     "A row per image, in order; null where its series is not used. Raises `InputError` when there is no usable series."
     return see_study(model, dicom, **how)[0].reset_index(drop=True)
 
-# %% ../nbs/31_predict.ipynb #31-032
+# %% ../nbs/31_predict.ipynb #31-034
 SERIES_COLUMNS = {"study": "study", "uid": "SeriesInstanceUID", "used": "used", "reason": "reason", "notes": "notes"}
 SERIES_COLUMNS |= {"slices": "slices", "span_mm": "span_mm", "pixel_mm": "pixel_mm"} | DETAILS
 
@@ -191,7 +192,7 @@ class Study(NamedTuple):
         "A row per series."
         return self.survey.series.reindex(columns=[*SERIES_COLUMNS]).rename(columns=SERIES_COLUMNS)
 
-# %% ../nbs/31_predict.ipynb #31-034
+# %% ../nbs/31_predict.ipynb #31-036
 def summarize_studies(
     slices: pd.DataFrame,  # as `predict_study` gives it
     card: dict,  # model.json
@@ -202,7 +203,7 @@ def summarize_studies(
     table = decide(good[LOGITS].to_numpy(), card, studies.ngroup().to_numpy(), slice_lengths(good))
     return studies.size().rename("slices").to_frame().join(table.set_index(studies.size().index))
 
-# %% ../nbs/31_predict.ipynb #31-035
+# %% ../nbs/31_predict.ipynb #31-037
 SHORT = dict(zip(LABELS, ("EDH", "IPH", "IVH", "SAH", "SDH", "any"), strict=True))
 LEGEND = """EDH epidural, IPH intraparenchymal, IVH intraventricular, SAH subarachnoid,
 SDH subdural. Marks: + called present, ? undecided.
@@ -222,7 +223,7 @@ def format_studies(
     ids = [uid if len(uid) < 25 else f"...{uid[-21:]}" for uid in map(str, studies.index)]
     return f"{rows.set_axis(ids).to_string()}\n\n{LEGEND}"
 
-# %% ../nbs/31_predict.ipynb #31-038
+# %% ../nbs/31_predict.ipynb #31-040
 def plot_series(
     slices: pd.DataFrame,  # as `predict_study` gives it, of one series
     truth: pd.DataFrame | None = None,  # index SOPInstanceUID, columns LABELS, where known
@@ -246,7 +247,7 @@ def plot_series(
     ax.set(xlabel="position along the slice normal, mm", ylabel="probability", ylim=(0, 1))
     return fig
 
-# %% ../nbs/31_predict.ipynb #31-041
+# %% ../nbs/31_predict.ipynb #31-043
 def predict_held_out(
     run_dir: str | Path,  # with model/, predictions.parquet and slices.parquet
     data_dir: str | Path,  # the dataset

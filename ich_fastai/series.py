@@ -129,9 +129,9 @@ class Sight(NamedTuple):
     heads: float = 0.0  # share that look like a head
     noise: float = 0.0  # HU, median of these
     bright: float = 0.0  # median of these
-    top: float = math.nan  # mm, the head's middle from the image's top and left, and its longer side
+    top: float = math.nan  # mm, the head's middle from the image's top and left
     left: float = math.nan
-    side: float = math.nan
+    side: float = math.nan  # mm, of the smallest square around it that holds the head
     cut: float = 0.0  # share of these in which the head reaches the image's border
     why: str = ""  # the first slice that could not be read: its reason
 
@@ -165,10 +165,19 @@ def look_at(
     if not seen:
         return Sight(why=why)
     x, y, w, h = np.array([look.box for look in seen]).T
-    left, right, top, bottom = x.min(), (x + w).max(), y.min(), (y + h).max()
-    middle = (float(top + bottom) / 2, float(left + right) / 2, float(max(right - left, bottom - top)))
+    top, left = np.mean([look.middle for look in seen], 0)
+    side = 2 * max(top - y.min(), left - x.min(), (y + h).max() - top, (x + w).max() - left)
     noise, bright = (float(np.median([getattr(look, name) for look in seen])) for name in ("noise", "bright"))
-    return Sight(len(seen) / len(looks), noise, bright, *middle, float(np.mean([look.cut for look in seen])), why)
+    return Sight(
+        len(seen) / len(looks),
+        noise,
+        bright,
+        float(top),
+        float(left),
+        float(side),
+        float(np.mean([look.cut for look in seen])),
+        why,
+    )
 
 
 def _reader(series: pd.DataFrame, decoder: Decoder):  # ordered images: what reads the k-th
@@ -372,7 +381,7 @@ def stack_slices(
     errors, good, notes = {}, list[int](), set[str]()
     for k in range(len(z_mm)):
         try:
-            pixels, note = fit_slice(*read(k), (sight.top, sight.left), sight.side, geometry)
+            pixels, note = fit_slice(*read(k), (sight.top, sight.left), sight.side, geometry, size)
         except DicomError as e:
             errors[k] = printable(str(e))
             continue
