@@ -36,7 +36,7 @@ from ich_fastai.labels import LABELS
 from ich_fastai.metrics import Estimate, draw_patients, find_estimate
 from ich_fastai.model import build_model, make_loss
 from ich_fastai.phantom import make_phantom
-from ich_fastai.train import FollowEpochs, StopOnNonFinite, make_learner
+from ich_fastai.learner import FollowEpochs, StopOnNonFinite, make_learner
 
 warnings.filterwarnings("ignore")
 

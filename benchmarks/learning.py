@@ -32,7 +32,7 @@ from ich_fastai.metrics import ESTIMATE, Estimate, draw_patients, find_estimate,
 from ich_fastai.metrics import weighted_log_losses
 from ich_fastai.model import build_model, load_model, loss_weights, make_loss
 from ich_fastai.phantom import make_phantom
-from ich_fastai.train import AverageWeights, FollowEpochs, StopOnNonFinite, make_learner
+from ich_fastai.learner import AverageWeights, FollowEpochs, StopOnNonFinite, make_learner
 
 warnings.filterwarnings("ignore")
 

@@ -45,7 +45,8 @@ from ich_fastai.metrics import metrics_table
 from ich_fastai.model import build_model, loss_weights, make_loss
 from ich_fastai.phantom import make_phantom
 from ich_fastai.tiny import tiny_phantom
-from ich_fastai.train import FollowEpochs, Journal, StopOnNonFinite, fit, make_learner, split_decay
+from ich_fastai.learner import FollowEpochs, Journal, StopOnNonFinite, make_learner, split_decay
+from ich_fastai.train import fit
 
 warnings.filterwarnings("ignore")
 

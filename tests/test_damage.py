@@ -31,7 +31,7 @@ from ich_fastai.outputs import copy_outputs
 from ich_fastai.reproduce import print_headline
 from ich_fastai.sequence import read_together
 from ich_fastai.tiny import tiny_phantom
-from ich_fastai.train import Checkpoint
+from ich_fastai.learner import Checkpoint
 
 STAGE = "16_arms"  # a small notebook, as if it had run
 

@@ -42,7 +42,8 @@ from ich_fastai.model import (
     save_model,
     share_norms,
 )
-from ich_fastai.train import fit, score_logits
+from ich_fastai.learner import score_logits
+from ich_fastai.train import fit
 
 QUICK = Settings(image_size=32, windows=named_windows(["brain"]), neighbors=0, batch_size=8, epochs=1, epoch_size=24)
 
