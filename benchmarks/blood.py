@@ -34,7 +34,8 @@ from ich_fastai.dicom import DicomError, read_slice
 from ich_fastai.external import PICTURE_SETS, PictureSet, to_picture
 from ich_fastai.labels import LABELS
 from ich_fastai.metrics import Estimate, draw_patients, find_estimate
-from ich_fastai.model import build_model, make_loss
+from ich_fastai.network import build_model
+from ich_fastai.model import make_loss
 from ich_fastai.phantom import make_phantom
 from ich_fastai.learner import FollowEpochs, StopOnNonFinite, make_learner
 

@@ -30,7 +30,8 @@ from ich_fastai.ingest import ingest
 from ich_fastai.labels import LABELS, find_dataset, read_labels, tabulate_labels
 from ich_fastai.metrics import ESTIMATE, Estimate, draw_patients, find_estimate, label_metrics, say_difference
 from ich_fastai.metrics import weighted_log_losses
-from ich_fastai.model import build_model, load_model, loss_weights, make_loss
+from ich_fastai.network import build_model
+from ich_fastai.model import load_model, loss_weights, make_loss
 from ich_fastai.phantom import make_phantom
 from ich_fastai.learner import AverageWeights, FollowEpochs, StopOnNonFinite, make_learner
 

@@ -42,7 +42,8 @@ from ich_fastai.dicom import window
 from ich_fastai.ingest import ingest
 from ich_fastai.labels import LABELS, LOGITS, find_dataset, read_labels, tabulate_labels
 from ich_fastai.metrics import metrics_table
-from ich_fastai.model import build_model, loss_weights, make_loss
+from ich_fastai.network import build_model
+from ich_fastai.model import loss_weights, make_loss
 from ich_fastai.phantom import make_phantom
 from ich_fastai.tiny import tiny_phantom
 from ich_fastai.learner import FollowEpochs, Journal, StopOnNonFinite, make_learner, split_decay

@@ -241,7 +241,8 @@ def find_evidence(
     import torch
 
     from ich_fastai.batches import resize_hu, to_input
-    from ich_fastai.model import build_model, load_model
+    from ich_fastai.network import build_model
+    from ich_fastai.model import load_model
 
     (network, settings, *_), labels = load_model(Path(run_dir) / "model", "cpu", first=True), rows["label"].to_numpy()
     torch.manual_seed(settings.seed)

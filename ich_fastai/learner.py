@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 
 from .core import InputError, read_run_file, write_checked
 from .labels import LABELS, SUBTYPES
-from .model import share_norms
+from .network import share_norms
 
 # %% ../nbs/11b_learner.ipynb #11-007
 def split_decay(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:  # weights of layers; norms and biases

@@ -228,7 +228,7 @@ def check_network(
     declared: dict,  # by 12_train: {name: (type, default)}
 ) -> None:
     "Build the network and forget it. Raises `InputError` as `build_model` does; downloads nothing."
-    from ich_fastai.model import build_model
+    from ich_fastai.network import build_model
 
     given = {name: params.get(name, ast.literal_eval(default)) for name, (_, default) in declared.items()}
     n_in, weights = (2 * given["neighbors"] + 1) * len(given["windows"]), given["pretrained_from"]

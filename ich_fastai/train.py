@@ -33,7 +33,8 @@ from .labels import LABELS, LOGITS, known_labels
 from .cache import read_size
 from .cohort import describe_data, training_rows
 from .batches import Settings, find_place, one_thread, slice_loaders
-from .model import Average, build_model, loss_weights, make_card, make_loss, mute_labels, save_model
+from .network import build_model
+from .model import Average, loss_weights, make_card, make_loss, mute_labels, save_model
 from .learner import AverageWeights, Checkpoint, FollowEpochs, Journal, ShardedTrainer, StopOnNonFinite
 from .learner import make_learner
 
@@ -57,7 +58,15 @@ def _train(learner: Learner, settings: Settings) -> None:
         raise InputError(f"out of memory on {device} with {sizes}: lower one of them") from e
 
 # %% ../nbs/12_train.ipynb #12-010
-CODE = ("cache", "cohort", "batches", "model", "learner", "train")  # modules that decide what a training gives
+CODE = (
+    "cache",
+    "cohort",
+    "batches",
+    "network",
+    "model",
+    "learner",
+    "train",
+)  # modules that decide what a training gives
 
 
 def fingerprint(

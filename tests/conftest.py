@@ -184,7 +184,8 @@ def _write_predictions(run_dir, rows, folds):
     import torch
 
     from ich_fastai.batches import Settings, named_windows
-    from ich_fastai.model import build_model, make_card, save_model
+    from ich_fastai.network import build_model
+    from ich_fastai.model import make_card, save_model
 
     torch.manual_seed(0)
     rng = np.random.default_rng(0)

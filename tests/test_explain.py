@@ -10,7 +10,7 @@ import torch
 
 from ich_fastai.core import InputError, read_run_file
 from ich_fastai.explain import explain, integrated_gradients, flatten_brain, score_slices, smooth_map, worst_mistakes
-from ich_fastai.model import build_model
+from ich_fastai.network import build_model
 from ich_fastai.tiny import tiny_phantom
 
 

@@ -15,7 +15,8 @@ from ich_fastai.core import InputError
 from ich_fastai.exports import View, draw_view
 from ich_fastai.head import draw_head, make_rng
 from ich_fastai.labels import LABELS
-from ich_fastai.model import build_model, load_model, make_card, predict_logits, save_model
+from ich_fastai.network import build_model
+from ich_fastai.model import load_model, make_card, predict_logits, save_model
 from ich_fastai.onnx import export_onnx, ich_onnx
 from ich_fastai.predict import decide, find_inputs
 

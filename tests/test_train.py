@@ -461,7 +461,7 @@ def test_out_of_memory_names_batch_and_image_size(cohort, tmp_path, monkeypatch)
 def test_pretrained_weights_that_cannot_be_had_are_one_message(monkeypatch):
     from huggingface_hub import constants
 
-    monkeypatch.setattr("ich_fastai.model.can_reach_hub", lambda: False)
+    monkeypatch.setattr("ich_fastai.network.can_reach_hub", lambda: False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="give pretrained_from a file or lite0 or .*, or leave it empty") as error:
         build_model("resnet26t", 3, "hub")
