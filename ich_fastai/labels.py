@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUBTYPES', 'LABELS', 'LOGITS', 'LABEL_COLORS', 'Dataset', 'find_dataset', 'read_labels', 'read_combinations',
            'class_balance', 'cooccurrence', 'plot_cooccurrence', 'subtypes_per_slice', 'undersample', 'class_weights',
-           'name_source', 'tabulate_labels']
+           'score_logits', 'name_source', 'tabulate_labels']
 
 # %% ../nbs/01_labels.ipynb #01-002
 import zipfile
@@ -202,6 +202,19 @@ def class_weights(
     return (1 / n / (1 / n).mean()).rename("weight").rename_axis("label")
 
 # %% ../nbs/01_labels.ipynb #01-059
+def score_logits(
+    y: np.ndarray,  # (n, 6) 0 or 1
+    logits: np.ndarray,  # (n, 6)
+) -> dict:  # auc_any; auc_subtypes, the mean over the subtypes where it is defined; None where there is none
+    "AUC of `any` and of the subtypes. The report's, with intervals, come from notebook 22."
+    from sklearn.metrics import roc_auc_score
+
+    defined = [k for k in range(len(LABELS)) if 0 < y[:, k].sum() < len(y)]
+    auc = {LABELS[k]: float(roc_auc_score(y[:, k], logits[:, k])) for k in defined}
+    subtypes = [auc[label] for label in SUBTYPES if label in auc]
+    return {"auc_any": auc.get("any"), "auc_subtypes": float(np.mean(subtypes)) if subtypes else None}
+
+# %% ../nbs/01_labels.ipynb #01-062
 def name_source(
     csv: str | Path,  # a label CSV in RSNA's form
 ) -> str:  # "phantom" or "rsna"

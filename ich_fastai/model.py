@@ -268,15 +268,14 @@ class Model(NamedTuple):
 
 # %% ../nbs/11_model.ipynb #11-043
 class Average(torch.nn.Module):
-    "The mean of the networks' logits, and with `mirror` of those of the mirrored slices."
+    "The mean of the networks' logits."
 
-    def __init__(self, networks: Sequence[torch.nn.Module], mirror: bool = False):
+    def __init__(self, networks: Sequence[torch.nn.Module]):
         super().__init__()
-        self.networks, self.mirror = torch.nn.ModuleList(networks), mirror
+        self.networks = torch.nn.ModuleList(networks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (n, n_in, H, W) to (n, 6)
-        views = (x, x.flip(-1)) if self.mirror else (x,)
-        return torch.stack([network(view) for network in self.networks for view in views]).mean(0)
+        return torch.stack([network(x) for network in self.networks]).mean(0)
 
 # %% ../nbs/11_model.ipynb #11-045
 def save_model(
@@ -328,7 +327,7 @@ def load_model(
         for state in states[: len(names)]:
             networks.append(_build_alike(settings))
             networks[-1].load_state_dict(state)
-        network = networks[0] if len(networks) == 1 and not settings.mirror else Average(networks, settings.mirror)
+        network = networks[0] if len(networks) == 1 else Average(networks)
     except Exception as e:  # whatever settings and weights of another version make them raise
         why = (str(e) or type(e).__name__).splitlines()[0].replace(f"{folder}/", "")[:120]
         raise InputError(f"{folder}: not a model of this version ({why}); train again with notebook 12") from e
