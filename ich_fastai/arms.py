@@ -16,12 +16,13 @@ from typing import NamedTuple
 import pandas as pd
 
 from .core import InputError, read_stage, stage_file
+from .workers import run_calls
 from .guard import check_ranges
 from .labels import LABELS
 from .cache import read_size
 from .cohort import training_rows
 from .batches import Settings, find_place
-from .train import count_seen, fingerprint, fit, run_trainings
+from .train import count_processes, fingerprint, fit
 from .sequence import place_slices
 
 # %% ../nbs/16_arms.ipynb #16-007
@@ -107,7 +108,8 @@ def train_arms(
     todo = [t for t in trainings if not is_trained(t, cohort, cache_size, fold)]
     name = "{0.arm}/seed-{0.seed}".format
     calls = {name(t): partial(fit, run_dir, t.settings, out=t.folder, folds=[fold]) for t in todo}
-    run_trainings(calls, sum(count_seen(cohort, fold, t.settings) for t in todo), workers, progress)
+    slices = sum(t.settings.epochs * (t.settings.epoch_size or len(cohort)) for t in todo)
+    run_calls(calls, count_processes(slices, workers), progress)
     return {name(t): int(name(t) in calls) for t in trainings}
 
 # %% ../nbs/16_arms.ipynb #16-020

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['USUAL', 'AIR', 'ALONE', 'CHANGES', 'named_windows', 'Settings', 'resize_hu', 'to_input', 'Augment', 'affine_maps',
            'move_slices', 'noise_field', 'add_noise', 'draw_numbers', 'change_slices', 'epoch_order', 'read_ahead',
-           'Buffer', 'Place', 'find_place', 'one_thread', 'SliceBatches', 'slice_loaders', 'plot_input',
-           'plot_augmentation', 'draw_inputs']
+           'Buffer', 'Place', 'find_place', 'SliceBatches', 'slice_loaders', 'plot_input', 'plot_augmentation',
+           'draw_inputs']
 
 # %% ../nbs/10_batches.ipynb #10-002
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import cycle
@@ -61,7 +60,6 @@ class Settings:
     seed: int = 42  # of order, augmentation and initial weights
     networks: int = 1  # trained alike but for the seed: this one and those after it; their mean is the model
     ema: float = 0.0  # decay of the running average of the weights, which is kept; 0: none
-    mirror: bool = False  # predict each slice mirrored too, and average
 
     def __post_init__(self):
         check_ranges(**{name: value for name, value in vars(self).items() if name != "windows"})
@@ -270,18 +268,7 @@ def find_place() -> Place:
     rank, processes, local = (int(os.environ.get(*of)) for of in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     return Place(torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu"), rank, processes)
 
-# %% ../nbs/10_batches.ipynb #10-041
-@contextmanager
-def one_thread() -> Iterator[None]:
-    "Within this context torch has one thread."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-# %% ../nbs/10_batches.ipynb #10-043
+# %% ../nbs/10_batches.ipynb #10-040
 class SliceBatches:
     "Batches (input, labels) of a cohort, an epoch at a time: what fastai needs of a loader."
 
@@ -337,7 +324,7 @@ class SliceBatches:
         "The first batch of this epoch."
         return next(iter(self))
 
-# %% ../nbs/10_batches.ipynb #10-050
+# %% ../nbs/10_batches.ipynb #10-047
 def slice_loaders(
     cohort: pd.DataFrame,  # as notebook 09 writes it
     cache_dir: str | Path,  # the cache
@@ -357,7 +344,7 @@ def slice_loaders(
     valid = SliceBatches(held_out, cache_dir, settings, train=False, place=place)
     return DataLoaders(train, valid, device=place.device)
 
-# %% ../nbs/10_batches.ipynb #10-053
+# %% ../nbs/10_batches.ipynb #10-050
 def plot_input(
     x: torch.Tensor,  # (c, H, H) in -1 to 1, one input
     y: torch.Tensor,  # (6,) its labels
@@ -378,7 +365,7 @@ def plot_input(
     fig.suptitle(f"An input of {len(x)} channels: {shown}")
     return fig
 
-# %% ../nbs/10_batches.ipynb #10-054
+# %% ../nbs/10_batches.ipynb #10-051
 CHANGES = {"mirrored": [0], "turned": [1], "zoomed": [2], "shifted": [3, 4], "noise": [5], "window": [6, 7]}
 
 
@@ -402,7 +389,7 @@ def plot_augmentation(
     fig.suptitle(f"What augmentation does at most\n{window} window, {center:g}/{width:g} HU")
     return fig
 
-# %% ../nbs/10_batches.ipynb #10-055
+# %% ../nbs/10_batches.ipynb #10-052
 def draw_inputs(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,

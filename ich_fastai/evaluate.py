@@ -349,7 +349,7 @@ def evaluate(
     metrics, reliability = level_metrics(levels, **boot), reliability_table(levels, **boot)
     save_table(metrics, run_dir / "metrics.csv")
     each = read_networks(run_dir).values() if (run_dir / "model" / "networks.parquet").is_file() else ()
-    alone = [level_metrics(score_levels(table, **options), n_boot=0) for table in each]
+    alone = [level_metrics(score_levels(table, **options), n_boot=0) for table in each if len(each) > 1]
     save_table(headline_table(metrics, alone), run_dir / "tables" / "headline.csv")
     save_table(reliability, run_dir / "tables" / "reliability.csv")
     save_table(threshold_table(levels, wanted_sensitivity, **boot), run_dir / "tables" / "thresholds.csv")

@@ -100,10 +100,6 @@ class Journal(Callback):
         self.bar.close()
         self.outputs = []
 
-    def after_pred(self):
-        if not self.training and self.dls.valid.settings.mirror:
-            self.learn.pred = (self.pred + self.model(self.xb[0].flip(-1)).float()) / 2
-
     def after_batch(self):
         if self.training:
             self.losses.append(self.learn.loss.detach())

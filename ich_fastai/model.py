@@ -92,15 +92,14 @@ class Model(NamedTuple):
 
 # %% ../nbs/11_model.ipynb #11-024
 class Average(torch.nn.Module):
-    "The mean of the networks' logits, and with `mirror` of those of the mirrored slices; NEVER where not in `labels`."
+    "The mean of the networks' logits; NEVER where not in `labels`."
 
-    def __init__(self, networks: Sequence[torch.nn.Module], mirror: bool = False, labels: Sequence[str] = LABELS):
+    def __init__(self, networks: Sequence[torch.nn.Module], labels: Sequence[str] = LABELS):
         super().__init__()
-        self.networks, self.mirror, self.labels = torch.nn.ModuleList(networks), mirror, tuple(labels)
+        self.networks, self.labels = torch.nn.ModuleList(networks), tuple(labels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (n, n_in, H, W) to (n, 6)
-        views = (x, x.flip(-1)) if self.mirror else (x,)
-        x = torch.stack([network(view) for network in self.networks for view in views]).mean(0)
+        x = torch.stack([network(x) for network in self.networks]).mean(0)
         return x if self.labels == LABELS else mute_labels(x, self.labels)
 
 # %% ../nbs/11_model.ipynb #11-026
@@ -154,8 +153,8 @@ def load_model(
         for state in states[: len(names)]:
             networks.append(_build_alike(settings))
             networks[-1].load_state_dict(state)
-        plain = len(networks) == 1 and not settings.mirror and labels == list(LABELS)
-        network = networks[0] if plain else Average(networks, settings.mirror, labels)
+        plain = len(networks) == 1 and labels == list(LABELS)
+        network = networks[0] if plain else Average(networks, labels)
     except Exception as e:  # whatever settings and weights of another version make them raise
         why = (str(e) or type(e).__name__).splitlines()[0].replace(f"{folder}/", "")[:120]
         raise InputError(f"{folder}: not a model of this version ({why}); train again with notebook 12") from e

@@ -17,9 +17,10 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 from .core import MARKED, InputError, read_stage, save_json, save_table, stage_file, write_checked
+from .workers import one_thread
 from .guard import checked
 from .labels import LABELS, LOGITS, fill_labels
-from .batches import Place, SliceBatches, one_thread
+from .batches import Place, SliceBatches
 from .model import Model, keep_features, load_model, predict_logits
 from .sequence import ADDED, read_together, smooth_logits, split_patients
 

@@ -45,15 +45,7 @@ from ich_fastai.tiny import tiny_phantom
 from ich_fastai.train import fit
 
 DECLARED = {stage: declared_parameters(stage) for stage in STAGES} | {"make_phantom": PHANTOM_PARAMETERS}
-FREE = {
-    "data_dir",
-    "run_dir",
-    "labels_csv",
-    "arch",
-    "pretrained_from",
-    "mirror",
-    "slices_per_series",
-}  # checked by their owners
+FREE = {"data_dir", "run_dir", "labels_csv", "arch", "pretrained_from", "slices_per_series"}  # checked by their owners
 quick = settings(derandomize=True, deadline=None, database=None, max_examples=100)
 
 NAMES = st.sampled_from(sorted(RANGES))

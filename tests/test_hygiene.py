@@ -63,7 +63,7 @@ def test_each_notebook_keeps_the_house_style(notebook):
     tagged = [c for c in cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1, "one cell tagged parameters"
     parameters = papermill.inspect_notebook(notebook)
-    assert 1 <= len(parameters) <= 12 + 5 * (notebook.stem == "12_train"), "what a training is, and its folds"
+    assert 1 <= len(parameters) <= 12 + 4 * (notebook.stem == "12_train"), "what a training is, and its folds"
     assert all(p["inferred_type_name"] != "None" and p["help"] for p in parameters.values()), "typed, with a comment"
     prose = "\n".join("".join(c["source"]) for c in cells(notebook) if c["cell_type"] == "markdown")
     assert (
