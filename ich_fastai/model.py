@@ -319,8 +319,9 @@ def load_model(
     states = [read_run_file(Path(folder) / name, lambda f: load(f.getvalue())) for name in [*names, *added]]
     try:
         settings, networks = Settings(**card["settings"]), []
-        for state in states[: len(names)]:
-            networks.append(build_model(settings.arch, settings.n_in, image_size=settings.image_size))
+        archs = card.get("archs", [settings.arch] * len(names))  # of notebook 29's mean each its own
+        for arch, state in zip(archs, states, strict=False):
+            networks.append(build_model(arch, settings.n_in, image_size=settings.image_size))
             networks[-1].load_state_dict(state)
         network = networks[0] if len(networks) == 1 and not settings.mirror else Average(networks, settings.mirror)
     except Exception as e:  # whatever settings and weights of another version make them raise
