@@ -10,6 +10,7 @@ command goes on with the cells that are missing. Differences are paired, with 95
 """
 
 import argparse
+import tempfile
 import time
 import warnings
 from dataclasses import replace
@@ -19,12 +20,13 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from ich_fastai.batches import USUAL, Settings, SliceBatches, named_windows, slice_loaders
 from ich_fastai.cohort import make_cohort
 from ich_fastai.core import COLORS, read_stage, save_figure, set_style, write_file
 from ich_fastai.calibrate import calibrate, fit_decisions, order_logits
+from ich_fastai.ensemble import join_models
 from ich_fastai.imbalance import Arms, arm_rows, stack_seeds, subtract
 from ich_fastai.ingest import ingest
 from ich_fastai.labels import LABELS, find_dataset, read_labels, tabulate_labels
@@ -33,6 +35,7 @@ from ich_fastai.metrics import weighted_log_losses
 from ich_fastai.network import build_model
 from ich_fastai.model import load_model, loss_weights, make_loss
 from ich_fastai.phantom import make_phantom
+from ich_fastai.predict import decide
 from ich_fastai.learner import AverageWeights, FollowEpochs, StopOnNonFinite, make_learner
 
 warnings.filterwarnings("ignore")
@@ -235,7 +238,7 @@ def draw_curve(found):
 
 
 def look_twice(options):
-    "The trainings of a finished run's comparison on these patients: as they are, mirrored too, and seeds averaged."
+    "The trainings of a finished run's comparison on these patients: alone, mirrored too, averaged; and calibrated."
     work = options.work / "unseen"
     if not (work / "cohort.parquet").is_file():
         data = find_dataset(options.work / "dicom")
@@ -253,6 +256,18 @@ def look_twice(options):
         ways = {"alone": views[:, 0], "mirrored too": views.mean(1), "seeds averaged": [views[:, 0].mean(0)]}
         ways["seeds averaged, mirrored too"] = [views.mean((0, 1))]
         report_ways(arm.name, {n: [measure(y, x, patient, draws) for x in of] for n, of in ways.items()}, y, patient)
+        folders = [path / "model" for path in sorted(arm.glob("seed-*"))]
+        ways = {"alone": [decide_logits([f], x) for f, x in zip(folders, views[:, 0], strict=True)]}
+        ways["named together"] = [decide_logits(folders, views[:, 0].mean(0))]
+        found = {n: [measure(y, x, patient, draws) for x in of] for n, of in ways.items()}
+        report_ways(f"{arm.name}, calibrated", found, y, patient)
+
+
+def decide_logits(folders, x):
+    "Calibrated logits of these slices: of one model, or of the mean of several, as notebook 29 calibrates it."
+    with tempfile.TemporaryDirectory() as scratch:
+        card = load_model(join_models(folders, scratch), "cpu").card
+    return order_logits(logit(decide(x.astype(np.float64), card)[list(LABELS)].to_numpy()))
 
 
 def report_ways(arm, found, y, patient):

@@ -38,7 +38,7 @@ def describe_model(
     corrections, folds = card["corrections"], card["training"]["folds"]
     packages = ("ich_fastai", "torch", "timm", "pydicom")
     return {
-        "architecture": card["settings"]["arch"],
+        "architecture": ", ".join(dict.fromkeys(card.get("archs", [card["settings"]["arch"]]))),
         "weights_sha256": hash_weights(folder, card),
         "trained_on": {"dataset": card.get("trained_on", ""), "folds": len(folds)}
         | {name: folds[0].get(name) for name in ("slices", "positives")},

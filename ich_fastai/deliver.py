@@ -30,6 +30,7 @@ from .geometry import Geometry, find_geometry
 from .images import Export, index_export
 from .model import Model, load_model
 from .series import check_wanted, format_series, survey_study
+from .ensemble import open_models
 from .predict import DETAILS, Study, check_used, format_studies, predict_survey, summarize_studies
 from .viewer import write_study_page
 from .objects import check_folders, write_objects
@@ -246,7 +247,7 @@ def choose_writers(
 # %% ../nbs/36_deliver.ipynb #36-030
 @call_parse
 def ich_predict(
-    model: str,  # model/ folder of a run
+    model: str,  # model/ folder of a run; or of several, with commas between: their mean
     files: Annotated[list[str], {"nargs": "+", "type": str}],  # DICOM files, folders, a zip or a DICOMDIR; then OUT.csv
     out: str = "",  # CSV to write, a row per image; OUT-studies.csv and OUT-series.csv; predictions.csv by default
     device: str = "",  # cuda or cpu; cuda where there is one by default
@@ -262,15 +263,16 @@ def ich_predict(
     "Probabilities of intracranial hemorrhage for each slice and study, by one series. Not a medical device."
     inputs, paths = name_outputs([files] if isinstance(files, str) else list(files), out, submission)
     check_folders(inputs, html=html, json=json, dicom=dicom)
-    begun = {"model": hash_model(model), "version": importlib.metadata.version("ich_fastai"), "--series": series}
-    begun |= {"--all-series": all_series, "--html": html, "--json": json, "--dicom": dicom}
-    begun |= {"--show-uids": show_uids, "input": hash_paths(inputs)}
-    with hold_outputs(paths[0], html, json, dicom), explain_stop(tables := Tables(paths[:3], begun, resume)):
-        loaded, wanted = load_model(model, device or None), read_sample(submission) if submission else None
-        writers = choose_writers(model, loaded, html, json, dicom, show_uids)
-        n = predict_files(loaded, inputs, tables, writers, series=series, all_series=all_series)
-        for what, folder in (("page", html), ("JSON file", json), ("report and picture", dicom)):
-            print(f"{n:,} {what}{'s' * (n != 1)} in {folder}.\n" * bool(folder), end="")
+    begun = {"version": importlib.metadata.version("ich_fastai"), "--series": series}
+    begun |= {"--all-series": all_series, "--html": html, "--json": json, "--dicom": dicom, "--show-uids": show_uids}
+    with open_models(model) as found, hold_outputs(paths[0], html, json, dicom):
+        begun |= {"model": hash_model(found), "input": hash_paths(inputs)}
+        with explain_stop(tables := Tables(paths[:3], begun, resume)):
+            loaded, wanted = load_model(found, device or None), read_sample(submission) if submission else None
+            writers = choose_writers(found, loaded, html, json, dicom, show_uids)
+            n = predict_files(loaded, inputs, tables, writers, series=series, all_series=all_series)
+            for what, folder in (("page", html), ("JSON file", json), ("report and picture", dicom)):
+                print(f"{n:,} {what}{'s' * (n != 1)} in {folder}.\n" * bool(folder), end="")
     if wanted is not None:
         slices = pd.read_csv(paths[0], usecols=["SOPInstanceUID", *LABELS], float_precision="round_trip")
         save_table(make_submission(slices, wanted), paths[3])

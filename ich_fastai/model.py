@@ -10,7 +10,7 @@ __all__ = ['NEVER', 'WEIGHTS', 'loss_weights', 'make_loss', 'mute_labels', 'make
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,6 +128,16 @@ def _build_alike(settings: Settings) -> torch.nn.Module:
     return Average(each) if len(each) > 1 else each[0]
 
 
+def _fill_networks(settings: Settings, card: dict, states: list[dict]) -> torch.nn.Module:
+    "The network of a model folder, or the mean of all of them."
+    archs = card.get("archs", [settings.arch] * len(states))  # of notebook 29's mean each its own
+    networks = [_build_alike(replace(settings, arch=arch)) for arch, _ in zip(archs, states, strict=False)]
+    for network, state in zip(networks, states, strict=True):
+        network.load_state_dict(state)
+    labels = card.get("labels", list(LABELS))
+    return networks[0] if len(networks) == 1 and labels == list(LABELS) else Average(networks, labels)
+
+
 def load_model(
     folder: str | Path,  # model/ of a run
     device: str | None = None,  # "cuda", "cpu"; CUDA where there is one by default
@@ -144,17 +154,12 @@ def load_model(
             f"{folder}: no {missing[0]} there; give the model/ folder of a finished run (12_train makes it)"
         )
     card = read_run_file(files[0])
-    labels = card.get("labels", list(LABELS))
     names = card.get("networks", [WEIGHTS])[: 1 if first else None]
     added = ["recurrent.safetensors"] if card.get("recurrent") else []
     states = [read_run_file(Path(folder) / name, lambda f: load(f.getvalue())) for name in [*names, *added]]
     try:
-        settings, networks = Settings(**card["settings"]), []
-        for state in states[: len(names)]:
-            networks.append(_build_alike(settings))
-            networks[-1].load_state_dict(state)
-        plain = len(networks) == 1 and labels == list(LABELS)
-        network = networks[0] if plain else Average(networks, labels)
+        settings = Settings(**card["settings"])
+        network = _fill_networks(settings, card, states[: len(names)])
     except Exception as e:  # whatever settings and weights of another version make them raise
         why = (str(e) or type(e).__name__).splitlines()[0].replace(f"{folder}/", "")[:120]
         raise InputError(f"{folder}: not a model of this version ({why}); train again with notebook 12") from e

@@ -61,7 +61,7 @@ def tiny_run() -> Path:  # run_dir
     run_dir = tiny_cohort()
     with FileLock(run_dir / ".train.lock"):
         done = (run_dir / "predictions.parquet").exists()
-        if not done or "trained_on" not in read_stage(run_dir, "model/model.json"):  # of an earlier version
+        if not done or "inputs" not in read_stage(run_dir, "model/model.json"):  # of an earlier version
             from ich_fastai.batches import Settings
             from ich_fastai.train import fit
 

@@ -23,13 +23,15 @@ from .core import InputError, format_table, read_run_file, read_stage, save_capt
 from .core import set_style, write_file
 from .guard import check_ranges, checked, hold_folder
 from .labels import LABELS, LOGITS
+from .cohort import HU_COLUMNS, measure_inputs
 from .model import Model, load_model
 from .geometry import find_geometry
+from .ensemble import open_models
 from .calibrate import order_logits, pool_slices, slice_lengths, to_logits
 from .explain import subgroup_table
-from .transfer import DELIVERED, HU_COLUMNS, Judged, calibration_table, compare_published, find_mistakes
-from .transfer import format_headline, group_answers, headline, histogram_distance, judge
-from .transfer import measure_inputs, measure_training, plot_transfer, position_table, score_probabilities
+from .transfer import DELIVERED, DISTANCE, Judged, calibration_table, compare_published, find_mistakes
+from .transfer import format_headline, group_answers, headline, histogram_distance, histogram_table, judge
+from .transfer import plot_histogram, plot_transfer, position_table, recall_training, score_probabilities
 from .transfer import shift_table, transfer_metrics, transfer_thresholds
 from .predict import DETAILS, decide, score_stack
 from .viewer import hash_uid, write_viewer
@@ -177,23 +179,19 @@ def find_shift(
     answers: pd.DataFrame,  # of `ask_all`
     series: pd.DataFrame,  # a row per study: the series that was used
     judged: dict[str, Judged],
-    model_dir: str | Path,  # model/ of a run
     card: dict,  # model.json
-) -> pd.DataFrame:  # of `shift_table`
+) -> dict[str, pd.DataFrame]:  # shift: of `shift_table`; histogram: of `histogram_table`
     "Inputs here beside the training's."
-    known, seen = measure_training(model_dir, card)
     good = answers[answers["error"].isna()]
     here: dict = {"noise, HU": good["noise_hu"], "brain fraction": good["brain_fraction"]}
-    known |= {"noise, HU": seen["noise_hu"], "brain fraction": seen["brain_fraction"]} if len(seen) else {}
-    there = [name for name in ("spacing", "thickness") if f"{name}_mm" in series]
-    here |= {f"{name} of slices, mm": series[f"{name}_mm"] for name in there}
+    names = {"spacing of slices": "spacing_mm", "thickness of slices": "thickness_mm", "pixel spacing": "pixel_mm"}
+    here |= {f"{what}, mm": series[name] for what, name in names.items() if name in series}
     for level, j in judged.items():
         shares = j.levels[DELIVERED].y.mean(axis=0)
         here |= {f"share with {name}, by {level}": shares[LABELS.index(name)] for name in j.known}
-    if len(seen):
-        name = "distance of HU in 0 to 80, total variation"
-        here, known = here | {name: histogram_distance(good, seen)}, known | {name: 0.0}
-    return shift_table(here, known)
+    histogram = histogram_table(good, card)
+    here[DISTANCE] = histogram_distance(histogram)
+    return {"shift": shift_table(here, recall_training(card)), "histogram": histogram}
 
 # %% ../nbs/39_validate.ipynb #39-027
 def describe_rows(rows: pd.DataFrame, dataset: Dataset, series: pd.DataFrame) -> pd.DataFrame:
@@ -208,6 +206,7 @@ def describe_rows(rows: pd.DataFrame, dataset: Dataset, series: pd.DataFrame) ->
 def make_tables(
     judged: dict[str, Judged],
     dataset: Dataset,
+    answers: pd.DataFrame,  # of `ask_all`
     series: pd.DataFrame,  # a row per study: the series that was used
     card: dict,  # model.json
     vendors: dict[str, pd.DataFrame] | None = None,  # probabilities of other systems, a row per study
@@ -232,7 +231,7 @@ def make_tables(
     done = {name: pd.concat(found, ignore_index=True) for name, found in parts.items()}
     done["headline"] = headline(done["metrics"])
     done["published"] = done["published"].drop_duplicates(["system", "label", "level"], ignore_index=True)
-    return done
+    return done | find_shift(answers, series, judged, card)
 
 # %% ../nbs/39_validate.ipynb #39-030
 def read_qure(
@@ -345,7 +344,6 @@ def validate(
 ) -> dict[str, pd.DataFrame]:  # the tables, by name
     "Ask, judge, write. Raises `InputError` for whatever stops it; asked again, it goes on."
     out, boot, note = Path(out), {"n_boot": n_boot, "seed": seed}, dataset.facts["note"]
-    set_style()
     model = load_model(model_dir, device or None)
     check_overlap(dataset, model_dir, model.card)
     with hold_folder(out):
@@ -354,11 +352,12 @@ def validate(
         reasons = pd.DataFrame(dataset.reasons.items(), columns=["study", "reason"])
         save_all(out, {"series": series, "reasons": reasons}, note)  # before what may find nothing to judge
         judged, used = judge_answers(answers, dataset, model.card, seed), series[series["used"].eq(True)]
-        tables = make_tables(judged, dataset, used, model.card, vendors, **boot)
-        tables["shift"] = find_shift(answers, used, judged, model_dir, model.card)
+        tables = make_tables(judged, dataset, answers, used, model.card, vendors, **boot)
         tables |= look_closer(judged, dataset, answers, model, out / "pages", **boot)
         save_all(out, tables, note)
+        set_style()
         plots = {f"reliability-{k}.svg": plot_transfer(j.levels, j.known, f"by {k}", **boot) for k, j in judged.items()}
+        plots |= {"histogram.svg": plot_histogram(tables["histogram"])}
         save_captioned({name: (figure, note) for name, figure in plots.items()}, out)
         write_index(out, f"A model on {dataset.facts.name}", say_dataset(dataset, judged, answers), tables, [*plots])
     return tables
@@ -366,7 +365,7 @@ def validate(
 # %% ../nbs/39_validate.ipynb #39-046
 @call_parse
 def ich_validate(
-    model: str,  # model/ folder of a run
+    model: str,  # model/ folder of a run; or of several, with commas between: their mean
     dataset: str = "folder",  # a name of data/datasets.csv
     data: str = ".",  # the dataset's folder
     out: str = "validation",  # folder for tables, figures and pages; an unfinished one is gone on with
@@ -379,7 +378,8 @@ def ich_validate(
     try:
         opened, qure = open_dataset(dataset, data, labels), Path(data) / "prediction_probabilities.csv"
         vendors = {"Qure, the same studies": read_qure(qure)} if dataset == "cq500" and qure.is_file() else {}
-        tables = validate(model, opened, out, device=device, n_boot=n_boot, vendors=vendors, progress=True)
+        with open_models(model) as one:
+            tables = validate(one, opened, out, device=device, n_boot=n_boot, vendors=vendors, progress=True)
     except KeyboardInterrupt:
         raise InputError(f"{out}: stopped; the same command goes on") from None
     except OSError as e:  # a full disk, or files that are gone

@@ -13,7 +13,8 @@ from ich_fastai.cache import Decoder
 from ich_fastai.core import InputError
 from ich_fastai.dicom import DicomError, read_slice
 from ich_fastai.exports import SERIES, View, draw_view, save_dataset, write_export, write_view
-from ich_fastai.geometry import Geometry, measure_look, measure_noise
+from ich_fastai.cohort import measure_noise
+from ich_fastai.geometry import Geometry, measure_look
 from ich_fastai.head import draw_head, make_rng
 from ich_fastai.series import format_series, read_series, survey_files
 
