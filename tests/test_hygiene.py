@@ -179,7 +179,7 @@ def test_wheel_installs_in_an_empty_environment(tmp_path):
     shutil.copy(tmp_path / "deps.pth", site)
     for name in ("ich-reproduce", "ich-phantom", "ich-ingest", "ich-predict", "ich-onnx"):
         assert "usage" in run(tmp_path / "env" / "bin" / name, "--help", cwd=tmp_path)
-    where = run(python, "-c", "import ich_fastai; print(ich_fastai.__file__)", cwd=tmp_path)
+    where = run(python, "-I", "-c", "import ich_fastai; print(ich_fastai.__file__)", cwd=tmp_path)
     assert str(tmp_path) in where, "the installed wheel is what ran"
     assert "No broken requirements" in run(*pip, "check", cwd=tmp_path)
 
