@@ -25,7 +25,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist keeps every core busy; more threads would only wait
 
 
-LONG = ("test_chain", "test_real_data", "test_train", "test_notebooks")
+LONG = ("test_notebooks", "test_chain", "test_real_data", "test_evaluate", "test_validate", "test_ingest", "test_train")
 
 
 def pytest_collection_modifyitems(items):

@@ -170,21 +170,19 @@ def test_wheel_installs_in_an_empty_environment(tmp_path):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(PROJECT / name, source / name)
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source)
-    venv.create(tmp_path / "env", with_pip=True)
+    venv.create(tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
-    run(
-        python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"
-    )  # the one that venv brings is older than torch wants
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", next(tmp_path.glob("*.whl")))
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", next(tmp_path.glob("*.whl")))
     # The dependencies (6 GB) come from this environment; `pip check` says whether the wheel names them rightly.
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
     (tmp_path / "deps.pth").write_text(sysconfig.get_path("purelib"))
     shutil.copy(tmp_path / "deps.pth", site)
     for name in ("ich-reproduce", "ich-phantom", "ich-ingest", "ich-predict", "ich-validate", "ich-onnx"):
         assert "usage" in run(tmp_path / "env" / "bin" / name, "--help", cwd=tmp_path)
-    where = run(python, "-c", "import ich_fastai; print(ich_fastai.__file__)", cwd=tmp_path)
+    where = run(python, "-I", "-c", "import ich_fastai; print(ich_fastai.__file__)", cwd=tmp_path)
     assert str(tmp_path) in where, "the installed wheel is what ran"
-    assert "No broken requirements" in run(python, "-m", "pip", "check", cwd=tmp_path)
+    assert "No broken requirements" in run(*pip, "check", cwd=tmp_path)
 
 
 def test_no_stage_stands_on_the_fixtures():

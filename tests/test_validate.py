@@ -2,9 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
-import sys
 import time
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
@@ -152,16 +153,18 @@ def test_the_command_on_each_layout_counts_the_phantoms_truth(validated, name):
         assert f"no labels of {', '.join(SUBTYPES)}" in look, "what is not known is not shown as absent"
 
 
-def test_killed_it_goes_on_and_ends_with_the_same_bytes(validated, model_dir, tmp_path):
+def test_killed_it_goes_on_and_ends_with_the_same_bytes(validated, model_dir, tmp_path, warm):
     undisturbed, _, _, folder = validated("ct_ich")
     call = [str(model_dir), "ct_ich", str(folder), str(tmp_path / "killed")]
+    script = tmp_path / "script.py"
     code = f"from ich_fastai.validate import ich_validate; ich_validate(*{call}, n_boot=10)"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    answers = tmp_path / "killed" / "answers"
+    script.write_text(f"import os\nprint(os.getpid(), flush=True)\n{code}\n")
+    process = subprocess.Popen([*warm, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pid, answers = int(process.stdout.readline()), tmp_path / "killed" / "answers"
     while process.poll() is None and not list(answers.glob("[!.]*.parquet")):
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    os.kill(pid, signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
     done = {path: path.stat().st_mtime_ns for path in answers.glob("[!.]*.parquet")}
     validate(model_dir, open_dataset("ct_ich", folder), tmp_path / "killed", n_boot=10)
     files = [
