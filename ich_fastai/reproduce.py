@@ -354,7 +354,7 @@ def reproduce(
     "Run the study and write its report. Raises `InputError` for a mistake of the user or a notebook that fails."
     stages = select_stages(first, last)
     os.environ["IN_TEST"] = "1"  # the notebooks draw no progress bars into their outputs
-    run_dir = Path(out or project_dir() / "runs" / Path(preset).stem).resolve()
+    run_dir = Path(os.path.realpath(out or project_dir() / "runs" / Path(preset).stem))
     with hold_folder(run_dir):
         run = prepare_run(preset, data, run_dir, settings or {}, stages, resume)
         (run_dir / "notebooks").mkdir(exist_ok=True)
@@ -416,7 +416,7 @@ def ich_reproduce(
 ):
     "Reproduce the study: its stages with one preset, then an HTML report."
     start, settings = time.time(), parse_settings(set)
-    run_dir = Path(out or project_dir() / "runs" / Path(preset).stem).resolve()
+    run_dir = Path(os.path.realpath(out or project_dir() / "runs" / Path(preset).stem))
     end_at_interrupt(run_dir)
     try:
         index = reproduce(preset, data or None, run_dir, settings=settings, first=from_, last=until, resume=resume)
