@@ -76,7 +76,9 @@ def run_command(
             take_signals()
         command(**{key: value for key, value in given.items() if key not in ("pdb", "xtra")})  # fastcore's own
     except (CliError, KeyboardInterrupt) as e:
-        print(str(e) or "stopped", file=sys.stderr)
+        from ich_fastai.core import printable  # names of files and UIDs may hold anything, a terminal's commands too
+
+        print(*map(printable, (str(e) or "stopped").split("\n")), sep="\n", file=sys.stderr)
         sys.exit(130 if was_stopped(e) else 1)
     finally:
         for number in (signal.SIGINT, signal.SIGTERM) if heard else ():

@@ -10,6 +10,7 @@ __all__ = ['MOST', 'MOST_NOTES', 'Writer', 'describe_lost', 'read_studies', 'sum
 # %% ../nbs/36_deliver.ipynb #36-003
 import hashlib
 import importlib.metadata
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -141,7 +142,8 @@ def explain_stop(tables: Tables) -> Iterator[None]:
     except InputError as e:
         raise InputError(f"{e}{tables.describe()}") from e
     except OSError as e:
-        what = f"{e.filename or tempfile.gettempdir()}: {e.strerror}; free some space or set TMPDIR"
+        where = e.filename or f"standard output, or {tempfile.gettempdir()}"
+        what = f"{where}: {e.strerror}; free some space or set TMPDIR"
         raise InputError(what + tables.describe()) from e
 
 
@@ -211,7 +213,7 @@ def hash_model(folder: str | Path) -> str:  # model/ of a run; hexadecimal
 # %% ../nbs/36_deliver.ipynb #36-023
 def hash_paths(inputs: Sequence[str]) -> str:  # files and folders; hexadecimal
     "What tells the inputs of a run from others, without naming them."
-    return hashlib.sha256("\n".join(sorted({str(Path(path).resolve()) for path in inputs})).encode()).hexdigest()
+    return hashlib.sha256(b"\n".join(sorted({os.fsencode(os.path.realpath(path)) for path in inputs}))).hexdigest()
 
 # %% ../nbs/36_deliver.ipynb #36-026
 @contextmanager
@@ -221,8 +223,10 @@ def hold_outputs(
 ) -> Iterator[None]:
     "Hold the table and each of the folders once. Raises `InputError` where another command writes there."
     with ExitStack() as held:
-        held.enter_context(hold_folder(table.resolve().parent, table, f".{table.name}.lock"))
-        for folder in {Path(name).resolve(): name for name in folders if name}.values():
+        held.enter_context(hold_folder(table.parent, table, f".{table.name}.lock"))
+        for path, folder in {os.path.realpath(name): name for name in folders if name}.items():
+            if path == os.path.realpath(table):
+                raise InputError(f"{folder}: a table and a folder cannot have one name; choose another folder")
             held.enter_context(hold_folder(folder))
         yield
 

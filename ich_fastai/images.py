@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -72,6 +73,17 @@ def read_directory(path: Path) -> list[Source]:  # a DICOMDIR
     return [Source(str(path.parent / name), str(path.parent / name)) for name in names]
 
 # %% ../nbs/15_images.ipynb #15-010
+def _name_plainly(path: str, scratch: str | Path) -> str:
+    "The path, or a link to it where its name is no text in UTF-8, which a table cannot hold."
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        link = os.path.join(scratch, uuid4().hex)
+        os.symlink(os.path.abspath(path), link)
+        return link
+    return path
+
+
 def list_sources(
     inputs: str | Path | Sequence[str | Path],  # a file, a folder, a zip, a DICOMDIR, or several
     scratch: str | Path,  # a folder to unpack into
@@ -92,7 +104,7 @@ def list_sources(
             elif path == str(given) and given.name.upper() == "DICOMDIR":
                 sources += read_directory(given)
             else:
-                sources.append(Source(path, path))
+                sources.append(Source(path, _name_plainly(path, scratch)))
     if not sources:
         raise InputError(f"{inputs}: no such file or folder, or nothing in it; give DICOM files or a folder of them")
     root = os.path.commonpath({os.path.dirname(os.path.abspath(s.name)) for s in sources})

@@ -60,7 +60,7 @@ class Job:
 
     def __post_init__(self):
         check_ranges(size=self.size, workers=self.workers, max_error_share=self.max_error_share)
-        if self.cache_dir.parent.resolve().is_relative_to(self.dicom_dir.resolve()):
+        if Path(os.path.realpath(self.cache_dir.parent)).is_relative_to(os.path.realpath(self.dicom_dir)):
             raise InputError(f"{self.cache_dir.parent}: lies in the DICOM folder; choose a run folder outside of it")
         if files := [p for p in (self.cache_dir, *self.cache_dir.parents) if p.is_file()]:
             raise InputError(f"{files[0]}: is a file; choose another folder")

@@ -8,6 +8,7 @@ __all__ = ['OURS', 'RESEARCH', 'SIDE', 'PANEL', 'BAR', 'SCHEME', 'check_folder',
 
 # %% ../nbs/33_objects.ipynb #33-003
 import importlib.util
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ def check_folder(
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file; give a folder to write into")
     for given in map(Path, inputs):
-        if given.is_dir() and path.resolve().is_relative_to(given.resolve()):
+        if given.is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(given)):
             raise InputError(f"{path}: lies in {given}, which is read; choose a folder elsewhere")
     other = next((p.name for p in sorted(path.glob("*")) if not OURS.fullmatch(p.name)), "")
     if other:

@@ -314,7 +314,7 @@ def reproduce(
     "Run the study and write its report. Raises `InputError` for a mistake of the user or a notebook that fails."
     stages = select_stages(first, last, choose_stages(dataset))
     os.environ["IN_TEST"] = "1"  # the notebooks draw no progress bars into their outputs
-    run_dir = Path(out or project_dir() / "runs" / (dataset or Path(preset).stem)).resolve()
+    run_dir = Path(os.path.realpath(out or project_dir() / "runs" / (dataset or Path(preset).stem)))
     with hold_folder(run_dir):
         run = prepare_run(preset, data, run_dir, settings or {}, stages, resume, dataset)
         (run_dir / "notebooks").mkdir(exist_ok=True)
@@ -377,7 +377,7 @@ def ich_reproduce(
 ):
     "Reproduce the study: its stages with one preset, then an HTML report."
     start, how = time.time(), dict[str, Any](settings=parse_settings(set), first=from_, last=until, resume=resume)
-    run_dir = Path(out or project_dir() / "runs" / (dataset or Path(preset).stem)).resolve()
+    run_dir = Path(os.path.realpath(out or project_dir() / "runs" / (dataset or Path(preset).stem)))
     end_at_interrupt(run_dir)
     try:
         index = reproduce(preset, data or None, run_dir, dataset=dataset, **how)

@@ -59,6 +59,8 @@ FIRST_COLUMNS = ("file", "StudyInstanceUID"), ("StudyInstanceUID", "slices"), ("
 
 def name_outputs(dicom: list[str], out: str, submission: str) -> tuple[list[str], list[Path]]:
     "The inputs, and the tables to write: the last of several inputs is the output where it ends in .csv."
+    if "" in dicom:
+        raise InputError("an empty name among the files: is a variable of the shell not set?")
     if not out and len(dicom) > 1 and dicom[-1].lower().endswith(".csv"):
         *dicom, out = dicom
     first = Path(out or "predictions.csv")

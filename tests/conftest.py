@@ -35,16 +35,8 @@ def pytest_collection_modifyitems(items):
 
 CANARY, BORN = "CANARY", "19010203"
 KEPT = {"PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "Modality", "PhotometricInterpretation"}
-KEPT |= {
-    "ImageType",
-    "RescaleType",
-    "SeriesDescription",
-    "BodyPartExamined",
-    "SpecificCharacterSet",
-    "FrameOfReferenceUID",
-}
-
-
+KEPT |= {"ImageType", "RescaleType", "BodyPartExamined", "SpecificCharacterSet", "FrameOfReferenceUID"}
+KEPT |= {"SeriesDescription", "ConvolutionKernel", "ContrastBolusAgent"}  # a survey of series shows these
 NAMES = ("PatientName", "PatientBirthDate", "InstitutionName", "ReferringPhysicianName", "StudyDescription")
 
 

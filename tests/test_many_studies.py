@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import os
 import shutil
 
 import pandas as pd
@@ -157,6 +158,15 @@ def test_resume_wants_the_input_and_the_model_that_it_began_with(simulated_run, 
     with pytest.raises(InputError, match="begun with another model; give the same"):
         ich_predict(str(weights), [str(folder / "P0")], out, resume=True)
     assert (tmp_path / "out.csv").read_bytes() == before
+
+
+def test_a_name_that_is_no_utf8_is_a_row(model, folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    for path in (folder / "P0").iterdir():
+        shutil.copy(path, tmp_path / "in" / os.fsdecode(b"=\xff\n\x1b[2J" + path.name.encode()))
+    run(model, tmp_path / "in", tables := start(tmp_path))
+    slices = pd.read_csv(tables.paths[0])
+    assert slices["file"].str.startswith(r"'=\xff\n\x1b[2J").all() and slices["any"].notna().sum() == 10
 
 
 def test_nothing_usable_leaves_no_table(model, folder, tmp_path):
