@@ -60,12 +60,12 @@ def tiny_run() -> Path:  # run_dir
     "The run folder of `tiny_cohort` with a model and its predictions, made when missing."
     run_dir = tiny_cohort()
     with FileLock(run_dir / ".train.lock"):
-        done = (run_dir / "predictions.parquet").exists()
-        if not done or "trained_on" not in read_stage(run_dir, "model/model.json"):  # of an earlier version
-            from ich_fastai.batches import Settings
-            from ich_fastai.train import fit
+        from ich_fastai.batches import Settings
+        from ich_fastai.train import fit
 
-            fit(run_dir, Settings(image_size=64, epochs=2))
+        settings, done = Settings(image_size=64, epochs=2), (run_dir / "predictions.parquet").exists()
+        if not done or vars(settings).keys() != read_stage(run_dir, "model/model.json")["settings"].keys():
+            fit(run_dir, settings)  # also where an earlier version made it
     return run_dir
 
 # %% ../nbs/90_tiny.ipynb #90-022
