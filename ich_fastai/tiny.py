@@ -60,12 +60,13 @@ def tiny_run() -> Path:  # run_dir
     "The run folder of `tiny_cohort` with a model and its predictions, made when missing."
     run_dir = tiny_cohort()
     with FileLock(run_dir / ".train.lock"):
-        done = (run_dir / "predictions.parquet").exists()
-        if not done or "inputs" not in read_stage(run_dir, "model/model.json"):  # of an earlier version
-            from ich_fastai.batches import Settings
-            from ich_fastai.train import fit
+        from ich_fastai.batches import Settings
+        from ich_fastai.train import fit
 
-            fit(run_dir, Settings(image_size=64, epochs=2))
+        settings, made = Settings(image_size=64, epochs=2), (run_dir / "predictions.parquet").exists()
+        card = read_stage(run_dir, "model/model.json") if made else {}
+        if "inputs" not in card or vars(settings).keys() != card["settings"].keys():  # or of an earlier version
+            fit(run_dir, settings)
     return run_dir
 
 # %% ../nbs/90_tiny.ipynb #90-022

@@ -158,8 +158,11 @@ def run_calls(
         return
     todo: dict[int, Any] = {k: [name, call] for k, (name, call) in enumerate(calls.items())}
     ahead = min(2 * (n - 1), len(calls) * (n - 1) // n)  # of two calls each process takes one
-    here = lambda named, _: named[1](progress=progress)  # noqa: E731
-    run_shards(todo, _call_there, partial(local_pool, n - 1), lambda _: None, here, ahead)
+
+    def call_here(named, number):
+        named[1](progress=progress)
+
+    run_shards(todo, _call_there, partial(local_pool, n - 1), lambda _: None, call_here, ahead)
 
 # %% ../nbs/00b_workers.ipynb #00-030
 @contextmanager
