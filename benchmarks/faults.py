@@ -81,7 +81,7 @@ def try_kills(n, rng, scratch, name, arguments, again):
         out = scratch / f"stopped{k}"
         how = signal.SIGINT if k % 2 else signal.SIGKILL
         process = start(name, *arguments(out))
-        seconds, said = interrupt(process, rng.uniform(0.1, took), how)
+        seconds, said = interrupt(process, rng.uniform(0.3, took), how)  # from Python's own start on
         kept = (out / "manifest.json").exists()
         good = not (k % 2 and seconds) or stopped_well(seconds, process.returncode, said, again * kept or "stopped")
         slowest = max(slowest, seconds or 0.0) if k % 2 else slowest

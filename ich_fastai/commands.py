@@ -24,7 +24,9 @@ def read_signature(
 
     from fastcore.script import store_true
 
-    file = Path(__file__).with_name(f"{module}.py")
+    import ich_fastai
+
+    file = Path(ich_fastai.__file__).with_name(f"{module}.py")
     tree = ast.parse(file.read_text(encoding="utf-8"))
     found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
     found.decorator_list, found.body = [], found.body[:1]
