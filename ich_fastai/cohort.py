@@ -275,7 +275,7 @@ def measure_inputs(
     hu: np.ndarray,  # (n, size, size) int16 HU, as the network sees the slices
 ) -> pd.DataFrame:  # (n,): noise_hu, brain_fraction, HU_COLUMNS
     "What slices look like, in numbers."
-    shares = [np.histogram(x, HU_EDGES)[0] / x.size for x in hu]
+    shares = [np.histogram(x.clip(HU_EDGES[0], HU_EDGES[-1]), HU_EDGES)[0] / x.size for x in hu]
     table = pd.DataFrame(np.array(shares).reshape(-1, len(HU_COLUMNS)), columns=HU_COLUMNS)
     table.insert(0, "brain_fraction", [brain_fraction(x) for x in hu])
     table.insert(0, "noise_hu", [measure_noise(x) for x in hu])
