@@ -225,7 +225,7 @@ def join_tables(
 ) -> None:
     "Write the shards' tables as one, a shard at a time, so that memory does not grow with it."
 
-    def write(p):
+    def write(p: Path) -> None:
         first: dict[str, str] = {}
         with ParquetWriter(p, SCHEMA) as out:
             for n in numbers:

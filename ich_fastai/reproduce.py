@@ -205,6 +205,7 @@ def run_notebook(
         tempfile.TemporaryDirectory(prefix=f"ich-{os.getpid()}-"),
     )  # of sockets: nobody else listens
     private = Config(KernelManager={"transport": "ipc", "ip": f"{folder.name}/kernel"})
+    private.NotebookClient.extra_arguments = ["--Application.log_level=CRITICAL"]  # a kernel logs that it was stopped
     bar = {"ncols": 79, "leave": False, "bar_format": "{desc} {bar} {n_fmt}/{total_fmt} cells {elapsed}"}
     shown = bar | {"desc": f"{notebook.stem:<12}"} if sys.stderr.isatty() else False
     options = {"cwd": str(notebook.parent), "kernel_name": "python3", "config": private, "progress_bar": shown}
