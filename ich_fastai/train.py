@@ -39,12 +39,12 @@ import ich_fastai
 from .core import COLORS, InputError, read_run_file, read_stage, save_figure, save_table
 from .core import stage_file, write_file
 from .guard import checked
-from .labels import LABELS, LOGITS, SUBTYPES, known_labels
+from .labels import LABELS, LOGITS, SUBTYPES
 from .cache import read_size
 from .cohort import describe_data, training_rows
 from .batches import Settings, find_place, slice_loaders
 from .model import Average, build_model, loss_weights, make_card, make_loss
-from .model import mute_labels, save_model, share_norms
+from .model import NEVER, save_model, share_norms
 
 # %% ../nbs/12_train.ipynb #12-007
 def split_decay(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:  # weights of layers; norms and biases
@@ -312,8 +312,8 @@ def fit_fold(
     facts: dict = {"fold": fold, "slices": len(rows), "positives": int(rows["any"].sum()), "keep_rate": keep_rate}
     facts |= {"images_seen": settings.epochs * len(dls.train) * dls.train.bs}
     facts |= {"loss_weights": weights.round(6).to_dict(), "fingerprint": checkpoint.fingerprint}
-    logits = mute_labels(journal.logits, known_labels(rows))
-    predictions = _prediction_table(cohort[cohort["fold"] == fold], logits.numpy(), keep_rate)
+    logits = np.where(rows[list(LABELS)].notna().any(), journal.logits.numpy(), NEVER)
+    predictions = _prediction_table(cohort[cohort["fold"] == fold], logits, keep_rate)
     kept = average[0].ema.module if average else learner.model
     return Fold(kept, predictions, pd.DataFrame(journal.history).assign(fold=fold), facts)
 
