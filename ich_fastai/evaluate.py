@@ -61,8 +61,8 @@ def level_metrics(
             threshold = d.threshold if kind == "calibrated" else None
             score = d.x if kind == "calibrated" else None
             p = getattr(d, kind)
-            how: dict = {"score": score, "labels": d.known, "n_boot": n_boot, "seed": seed}
-            table = metrics_table(d.y, p, d.patients, threshold, **how)
+            table = metrics_table(d.y, p, d.patients, threshold, score=score, n_boot=n_boot, seed=seed)
+            table = table[table["label"].isin(d.known) | (d.known == LABELS)]  # with `all`, where all are known
             table.insert(0, "level", level)
             table.insert(2, "probabilities", kind)
             tables.append(table)

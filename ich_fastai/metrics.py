@@ -9,7 +9,6 @@ __all__ = ['COMPETITION_WEIGHTS', 'ESTIMATE', 'ROUNDING', 'SAME', 'RANKS', 'MEAN
            'metrics_table']
 
 # %% ../nbs/20_metrics.ipynb #20-002
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -371,20 +370,17 @@ def metrics_table(
     threshold: np.ndarray | None = None,  # (n, 6) or None: no sensitivity and specificity
     *,
     score: np.ndarray | None = None,  # (n, 6) what slices are ranked by; `p` by default
-    labels: Sequence[str] = LABELS,  # those that exist
     n_boot: int = 1000,  # draws of patients
     seed: int = 42,
 ) -> pd.DataFrame:  # columns of `metric_rows`
-    "Every metric of every label with its 95% interval; where all six exist, the weighted log loss as label `all`."
+    "Every metric of every label with its 95% interval, and the weighted log loss as label `all`."
     y, p = np.asarray(y).astype(np.int64), np.asarray(p, np.float64)
     (patient, draws), score = draw_patients(patients, n_boot, seed), p if score is None else np.asarray(score)
     cut, rows = np.full(y.shape, np.nan) if threshold is None else np.asarray(threshold), []
     for k, label in enumerate(LABELS):
-        if label in labels:
-            values = label_metrics(y[:, k], p[:, k], patient, draws, cut[:, k], score[:, k])
-            rows += metric_rows(label, values, y[:, k], patient, bool(np.isfinite(p[:, k]).all()))
-    if len(labels) == len(LABELS):
-        values = {"weighted_log_loss": weighted_log_losses(y, p, patient, draws)}
-        rows += metric_rows("all", values, y[:, -1], patient, bool(np.isfinite(p).all()))
+        values = label_metrics(y[:, k], p[:, k], patient, draws, cut[:, k], score[:, k])
+        rows += metric_rows(label, values, y[:, k], patient, bool(np.isfinite(p[:, k]).all()))
+    values = {"weighted_log_loss": weighted_log_losses(y, p, patient, draws)}
+    rows += metric_rows("all", values, y[:, -1], patient, bool(np.isfinite(p).all()))
     kept = [r for r in rows if threshold is not None or r["metric"] not in ("sensitivity", "specificity")]
     return pd.DataFrame(kept)

@@ -28,12 +28,12 @@ import ich_fastai
 from .core import COLORS, InputError, read_stage, save_figure, save_table, stage_file
 from .workers import count_cores, one_thread, run_calls
 from .guard import checked
-from .labels import LABELS, LOGITS, known_labels
+from .labels import LABELS, LOGITS
 from .cache import read_size
 from .cohort import describe_data, training_rows
 from .batches import Settings, find_place, slice_loaders
 from .network import build_model
-from .model import Average, loss_weights, make_card, make_loss, mute_labels, save_model
+from .model import NEVER, Average, loss_weights, make_card, make_loss, save_model
 from .learner import AverageWeights, Checkpoint, FollowEpochs, Journal, ShardedTrainer, StopOnNonFinite
 from .learner import make_learner
 
@@ -120,8 +120,8 @@ def fit_fold(
     facts: dict = {"fold": fold, "slices": len(rows), "positives": int(rows["any"].sum()), "keep_rate": keep_rate}
     facts |= {"images_seen": settings.epochs * len(dls.train) * dls.train.bs}
     facts |= {"loss_weights": weights.round(6).to_dict(), "fingerprint": checkpoint.fingerprint}
-    logits = mute_labels(journal.logits, known_labels(rows))
-    predictions = _prediction_table(cohort[cohort["fold"] == fold], logits.numpy(), keep_rate)
+    logits = np.where(rows[list(LABELS)].notna().any(), journal.logits.numpy(), NEVER)
+    predictions = _prediction_table(cohort[cohort["fold"] == fold], logits, keep_rate)
     kept = average[0].ema.module if average else learner.model
     return Fold(kept, predictions, pd.DataFrame(journal.history).assign(fold=fold, seed=settings.seed), facts)
 
