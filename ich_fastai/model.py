@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'WEIGHTS', 'loss_weights', 'make_loss', 'Packaged', 'read_packaged', 'can_reach_hub', 'build_model',
-           'share_norms', 'make_card', 'Model', 'Average', 'save_model', 'load_model', 'predict_logits',
-           'keep_features']
+           'share_norms', 'make_card', 'Model', 'Average', 'save_model', 'load_model', 'predict_logits']
 
 # %% ../nbs/11_model.ipynb #11-003
 import hashlib
 import importlib.metadata
 import importlib.util
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from .core import MARKED, InputError, read_run_file, save_json, write_checked
 from .labels import LABELS, class_weights
@@ -52,13 +51,12 @@ def make_loss(
 class _Body(torch.nn.Module):
     "fastai's TimmBody: the backbone without its classifier; one whose features are no map of channels pools itself."
 
+    @torch.no_grad()
     def __init__(self, model: torch.nn.Module, x: torch.Tensor):  # a timm backbone; an input
         super().__init__()
         self.model = model.eval()
-        with torch.no_grad():
-            features = model.forward_features(x)
-            self.is_map = features.ndim == 4 and features.shape[1] == model.num_features
-            self.n_features = self(x).shape[1]
+        self.is_map = model.forward_features(x).shape[1:-2] == (model.num_features,)
+        self.n_features = self(x).shape[1]
         self.train()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (n, n_in, H, W) to (n, n_features, h, w) or (n, n_features)
@@ -68,12 +66,8 @@ class _Body(torch.nn.Module):
 class _Pool(torch.nn.Module):
     "fastai's AdaptiveConcatPool2d: the largest and the mean of each channel."
 
-    def __init__(self):
-        super().__init__()
-        self.ap, self.mp = torch.nn.AdaptiveAvgPool2d(1), torch.nn.AdaptiveMaxPool2d(1)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (n, c, h, w) to (n, 2 c, 1, 1)
-        return torch.cat([self.mp(x), self.ap(x)], 1)
+        return torch.cat([F.adaptive_max_pool2d(x, 1), F.adaptive_avg_pool2d(x, 1)], 1)
 
 
 def _put_head(backbone: torch.nn.Module, n_in: int, image_size: int) -> torch.nn.Module:
@@ -81,13 +75,10 @@ def _put_head(backbone: torch.nn.Module, n_in: int, image_size: int) -> torch.nn
     body = _Body(backbone, torch.zeros(1, n_in, image_size, image_size))
     layers: list[torch.nn.Module] = [_Pool(), torch.nn.Flatten()] if body.is_map else []
     for n, out, p in ((body.n_features * (1 + body.is_map), 512, 0.25), (512, len(LABELS), 0.5)):
-        layers += [torch.nn.BatchNorm1d(n), torch.nn.Dropout(p), torch.nn.Linear(n, out, bias=False)]
-        layers.append(torch.nn.ReLU(inplace=True))
-    for layer in layers:
-        if isinstance(layer, torch.nn.BatchNorm1d):
-            torch.nn.init.constant_(layer.bias, 1e-3)
-        elif isinstance(layer, torch.nn.Linear):
-            torch.nn.init.kaiming_normal_(layer.weight)
+        norm, linear = torch.nn.BatchNorm1d(n), torch.nn.Linear(n, out, bias=False)
+        torch.nn.init.constant_(norm.bias, 1e-3)
+        layers += [norm, torch.nn.Dropout(p), linear, torch.nn.ReLU(inplace=True)]
+    _ = [torch.nn.init.kaiming_normal_(m.weight) for m in layers if isinstance(m, torch.nn.Linear)]
     return torch.nn.Sequential(body, torch.nn.Sequential(*layers[:-1]))
 
 
@@ -370,17 +361,3 @@ def predict_logits(
         x = to_input(x.to(model.device), model.settings.windows)
         outputs.append(model.network(x.contiguous(memory_format=torch.channels_last)).double().cpu().numpy())
     return np.concatenate(outputs)
-
-# %% ../nbs/11_model.ipynb #11-052
-@contextmanager
-def keep_features(
-    network: torch.nn.Module,  # of `build_model`
-) -> Iterator[list[torch.Tensor]]:  # filled as the network runs: (n, d) float16 of each batch, on the CPU
-    "Within this context, what the network's last linear layer sees."
-    seen: list[torch.Tensor] = []
-    last = [m for m in network.modules() if isinstance(m, torch.nn.Linear)][-1]
-    hook = last.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().half().cpu()))
-    try:
-        yield seen
-    finally:
-        hook.remove()
