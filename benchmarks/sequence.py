@@ -24,9 +24,9 @@ from ich_fastai.core import read_stage, write_file
 from ich_fastai.ingest import ingest
 from ich_fastai.labels import LABELS, find_dataset, read_labels, tabulate_labels
 from ich_fastai.metrics import draw_patients, find_estimate, rank_metrics, say_difference, weighted_log_losses
-from ich_fastai.model import keep_features, load_model
+from ich_fastai.model import load_model
 from ich_fastai.phantom import make_phantom
-from ich_fastai.recurrent import cross_fit_series, fit_network, make_scans, run_network
+from ich_fastai.recurrent import cross_fit_series, fit_network, keep_features, make_scans, run_network
 from ich_fastai.train import fit
 
 warnings.filterwarnings("ignore")

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'NEVER', 'loss_weights', 'make_loss', 'make_card', 'Model', 'Average', 'save_model', 'load_model',
-           'predict_logits', 'keep_features']
+           'predict_logits']
 
 # %% ../nbs/11_model.ipynb #11-003
 import importlib.metadata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -171,17 +170,3 @@ def predict_logits(
         x = to_input(x.to(model.device), model.settings.windows)
         outputs.append(model.network(x.contiguous(memory_format=torch.channels_last)).double().cpu().numpy())
     return np.concatenate(outputs)
-
-# %% ../nbs/11_model.ipynb #11-030
-@contextmanager
-def keep_features(
-    network: torch.nn.Module,  # of `build_model`
-) -> Iterator[list[torch.Tensor]]:  # filled as the network runs: (n, d) float16 of each batch, on the CPU
-    "Within this context, what the network's last linear layer sees."
-    seen: list[torch.Tensor] = []
-    last = [m for m in network.modules() if isinstance(m, torch.nn.Linear)][-1]
-    hook = last.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().half().cpu()))
-    try:
-        yield seen
-    finally:
-        hook.remove()

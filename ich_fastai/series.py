@@ -165,19 +165,10 @@ def look_at(
     if not seen:
         return Sight(why=why)
     x, y, w, h = np.array([look.box for look in seen]).T
-    top, left = np.mean([look.middle for look in seen], 0)
-    side = 2 * max(top - y.min(), left - x.min(), (y + h).max() - top, (x + w).max() - left)
+    top, left, cut = np.mean([(*look.middle, look.cut) for look in seen], 0).tolist()
+    side = 2 * float(max(top - y.min(), left - x.min(), (y + h).max() - top, (x + w).max() - left))
     noise, bright = (float(np.median([getattr(look, name) for look in seen])) for name in ("noise", "bright"))
-    return Sight(
-        len(seen) / len(looks),
-        noise,
-        bright,
-        float(top),
-        float(left),
-        float(side),
-        float(np.mean([look.cut for look in seen])),
-        why,
-    )
+    return Sight(len(seen) / len(looks), noise, bright, top, left, side, cut, why)
 
 
 def _reader(series: pd.DataFrame, decoder: Decoder):  # ordered images: what reads the k-th
