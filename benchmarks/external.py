@@ -25,11 +25,12 @@ from fastai.callback.core import CancelValidException, Callback
 from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, Normalize, Resize, aug_transforms
 from fastai.vision.all import noop, vision_learner
 
+from ich_fastai.adopt import adopt, frame_heads
 from ich_fastai.batches import Settings
+from ich_fastai.cohort import make_cohort
 from ich_fastai.controls import auc_at_same_position, relative_height
 from ich_fastai.core import read_stage, write_file
 from ich_fastai.datasets import open_dataset
-from ich_fastai.external import PICTURE_SETS, frame_heads, import_pictures
 from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.metrics import draw_patients, find_estimate, say_difference
 from ich_fastai.network import build_model
@@ -60,7 +61,8 @@ def prepare(options):
     run = options.work / "framed"
     if not (run / "cohort.parquet").is_file():
         set_of = options.real / "phe_sich"
-        import_pictures(set_of, options.work / "loose", PICTURE_SETS["phe_sich"], n_folds=options.folds)
+        adopt(open_dataset("phe_sich", set_of), options.work / "loose")
+        make_cohort(options.work / "loose", n_folds=options.folds)
         frame_heads(options.work / "loose", run)
     cohort = read_stage(run, "cohort.parquet")
     return cohort.assign(height=relative_height(cohort))

@@ -9,6 +9,8 @@ __all__ = ['STEPS', 'BATCH', 'CHECKS', 'PARTS', 'keep_features', 'order_series',
 
 # %% ../nbs/17_recurrent.ipynb #17-003
 from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np

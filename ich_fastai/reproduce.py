@@ -200,10 +200,7 @@ def run_notebook(
     import papermill
     from traitlets.config import Config
 
-    start, folder = (
-        time.time(),
-        tempfile.TemporaryDirectory(prefix=f"ich-{os.getpid()}-"),
-    )  # of sockets: nobody else listens
+    start, folder = time.time(), tempfile.TemporaryDirectory(prefix=f"ich-{os.getpid()}-")  # of its sockets alone
     private = Config(KernelManager={"transport": "ipc", "ip": f"{folder.name}/kernel"})
     private.NotebookClient.extra_arguments = ["--Application.log_level=CRITICAL"]  # a kernel logs that it was stopped
     bar = {"ncols": 79, "leave": False, "bar_format": "{desc} {bar} {n_fmt}/{total_fmt} cells {elapsed}"}
