@@ -91,6 +91,7 @@ def try_kills(n, rng, scratch, name, arguments, again):
         if not same:
             print(f"  {name}: other bytes after stop {k}: {last[-300:]!r}", flush=True)
         shutil.rmtree(out, ignore_errors=True)
+        print(f"  {k + 1} of {n}, {held} held", flush=True)
     print(
         f"{name}: tried {n} (Ctrl-C {n // 2}, kill {n - n // 2}), survived {held}; Ctrl-C took {slowest:.1f} s at most"
     )
