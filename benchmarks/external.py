@@ -181,6 +181,7 @@ def report(cohort, options):
             print(f"| {name} | {pairs} | {find_estimate(each.mean(0))} | {np.round(each[:, 0], 3).tolist()} |")
     beside = ", with the slices beside it"
     compared = [(f"ours{more}", f"{peer}{more}") for peer in TRAINED[:2] for more in ("", beside)]
+    compared.append(("phantom", "fastai"))
     for a, b in [*compared, ("ours" + beside, "phantom"), ("phantom", "closeness to the middle")]:
         for pairs in ("all", "same position"):
             gap = find_estimate(aucs[a, pairs] - aucs[b, pairs])
