@@ -18,7 +18,8 @@ from filelock import FileLock
 from PIL import Image
 
 from ich_fastai.labels import LABELS, LOGITS
-from ich_fastai.reproduce import prepare_data, read_preset
+from ich_fastai.inputs import prepare_data
+from ich_fastai.reproduce import read_preset
 from ich_fastai.tiny import tiny_cohort
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -29,19 +29,8 @@ from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.metrics import weighted_log_loss
 from ich_fastai.recurrent import add_network
 from ich_fastai.reproduce import STAGES, check_parameters, declared_parameters, read_preset
-from ich_fastai.model import (
-    PACKAGED,
-    Average,
-    build_model,
-    can_reach_hub,
-    load_model,
-    loss_weights,
-    make_card,
-    make_loss,
-    read_packaged,
-    save_model,
-    share_norms,
-)
+from ich_fastai.model import Average, load_model, loss_weights, make_card, make_loss, save_model
+from ich_fastai.network import PACKAGED, build_model, can_reach_hub, read_packaged, share_norms
 from ich_fastai.learner import score_logits
 from ich_fastai.train import fit
 
