@@ -261,9 +261,9 @@ def headline_table(
     for name, key in HEADLINES.items():
         if key not in of.index:  # a label that does not exist
             continue
-        r, values = of.loc[key], [one.loc[key, "value"] for one in each]
+        r, values = of.loc[key], pd.Series([one.loc[key, "value"] for one in each], dtype=float).dropna()
         share = "" if pd.isna(r["prevalence"]) else f"{100 * r['prevalence']:.1f}%"
-        spread = f"{np.min(values):.3f} to {np.max(values):.3f}" if len(values) > 1 else ""
+        spread = f"{values.min():.3f} to {values.max():.3f}" if len(values) > 1 else ""
         rows.append((name, str(Estimate(*r[ESTIMATE])), spread, f"{r['n']:,}", f"{r['n_patients']:,}", share))
     columns = ["result", "value (95% interval)", "networks alone", "n", "patients", "prevalence"]
     return pd.DataFrame(rows, columns=columns).drop(columns=[] if len(each) > 1 else "networks alone")

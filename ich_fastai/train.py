@@ -169,7 +169,7 @@ def fit(
     *,
     out: str | Path | None = None,  # where model/ and predictions.parquet go; the run's folder by default
     folds: Sequence[int] = (0,),  # to hold out, each with networks of its own
-    workers: int = 0,  # processes on a CPU, for several networks; 0 for as many as the cores and the slices allow
+    workers: int = 0,  # processes on a CPU, for several networks (a script: below a __main__ guard); 0: by its cores
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # predictions of every slice of the held-out folds
     "Write the model and the predictions of all folds. Killed, the same call goes on."

@@ -127,6 +127,7 @@ def run_shards(
     report,  # called with what `write` returns
     here=None,  # called as here(files, shard) for a shard that this process takes; None where it takes none
     ahead: int = 0,  # shards that the pool has in advance where this process works too; with few, both end together
+    died: str = "the workers, or their scheduler, died three times on the shard that begins here (out of memory?)",
 ) -> None:
     "Write the shards on an executor. Raises `InputError` when the workers keep dying."
     idle = 0
@@ -134,9 +135,7 @@ def run_shards(
         with make_pool() as pool:
             idle = 0 if _run_round(pool, todo, write, report, here, ahead) else idle + 1
         if idle == 3:
-            first, files = next(iter(todo.items()))
-            what = f"the workers, or their scheduler, died three times on shard {first} that begins here"
-            raise InputError(f"{files[0]}: {what} (out of memory?); run again to go on")
+            raise InputError(f"{next(iter(todo.values()))[0]}: {died}; run again to go on")
 
 # %% ../nbs/00b_workers.ipynb #00-027
 def _call_there(named: list, number: int) -> None:  # a name and a call
@@ -162,7 +161,8 @@ def run_calls(
     def call_here(named, number):
         named[1](progress=progress)
 
-    run_shards(todo, _call_there, partial(local_pool, n - 1), lambda _: None, call_here, ahead)
+    died = 'its process died three times (out of memory, or a script without `if __name__ == "__main__":`?)'
+    run_shards(todo, _call_there, partial(local_pool, n - 1), lambda _: None, call_here, ahead, died)
 
 # %% ../nbs/00b_workers.ipynb #00-030
 @contextmanager

@@ -531,6 +531,9 @@ def test_the_stage_writes_its_files(simulated_run, write_predictions):
     assert metrics.loc[metrics["value"].isna(), "note"].str.len().gt(0).all()
     first = ["level", "label", "probabilities", "metric", "value", "low", "high"]
     assert list(metrics) == [*first, "n", "n_positive", "n_patients", "prevalence", "note"]
+    undefined = metrics.assign(value=metrics["value"].mask(metrics["label"].eq("epidural")))
+    each = headline_table(metrics, [undefined, undefined]).set_index("result")["networks alone"]
+    assert each["epidural, AUC"] == "" and "nan" not in " ".join(each) and " to " in each["any, AUC by slice"]
     headline = headline_table(metrics)
     assert len(headline.to_string(index=False, line_width=80).splitlines()[0]) <= 80
     assert not headline.isin(["nan"]).any().any()
