@@ -123,13 +123,14 @@ def draw_strip(
     thresholds: dict[str, float],  # of `slice_thresholds`
     truth: pd.DataFrame | None = None,  # index SOPInstanceUID, columns LABELS, where known
 ) -> str:  # SVG, as wide and high as its place
-    "The six probabilities of each slice as bars."
+    "The probabilities of each slice as bars; a label that the model does not know has none."
     n, parts = len(slices), []
     y = None if truth is None else truth[list(LABELS)].reindex(slices["SOPInstanceUID"])
     for k, (label, color) in enumerate(DARK_COLORS.items()):
         base = 10 * k + 8.4
         calls = slices[f"call_{label}"].astype("Float64").fillna(0)
-        for i, (p, call) in enumerate(zip(slices[label].fillna(0), calls, strict=True)):
+        probabilities = slices[label].astype(float)  # missing where the model was not trained on the label
+        for i, p, call in ((i, p, calls.iloc[i]) for i, p in enumerate(probabilities) if np.isfinite(p)):
             height = max(0.25, 7.6 * float(p) ** 0.5)
             box = f'x="{i + 0.1:.1f}" y="{base - height:.2f}" width=".8" height="{height:.2f}"'
             parts.append(f'<rect {box} fill="{color}" opacity="{1 if call else 0.4}"/>')
