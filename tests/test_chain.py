@@ -146,7 +146,7 @@ def test_from_refuses_parameters_that_would_not_be_those_of_the_kept_notebooks(t
         (["--preset", "tiny", "--set", "arms=[a"], "not valid YAML"),
         (
             ["--preset", "tiny", "--set", "run_dir=elsewhere"],
-            "parameter run_dir: the run sets it; use --data and --out",
+            "parameter run_dir: the run sets it; use --data, --dataset and --out",
         ),
         (["--preset", "tiny", "--from", "99"], "no such stage"),
         (["--preset", "tiny", "--from", "10", "--until", "08"], "comes after"),

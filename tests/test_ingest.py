@@ -220,7 +220,7 @@ def test_a_run_stopped_by_ctrl_c_says_how_to_go_on(folder, whole, tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "stopped; the same command goes on from here" in err and "Traceback" not in err
+    assert process.returncode == 130 and "stopped; the same command goes on from here" in err and "Traceback" not in err
     ingest(folder, tmp_path / "cache", SIZE)
     assert content(tmp_path) == content(whole)
 
