@@ -45,7 +45,7 @@ class Settings:
     "What one training is. Raises `InputError` for a value out of its range, as RANGES of 00c_guard has it."
 
     arch: str = "resnet10t"  # a timm backbone
-    pretrained_from: str = ""  # "" for a start from scratch, a key of 11_model's PACKAGED, "hub", or a file of weights
+    pretrained_from: str = ""  # "" for a start from scratch, a key of PACKAGED (10b_network), "hub", or a file
     image_size: int = 128  # px, side of the network's input
     windows: dict[str, tuple[float, float]] = field(  # name: (center, width) in HU, one channel each
         default_factory=lambda: named_windows(["brain", "subdural", "stroke"])
@@ -353,15 +353,15 @@ def plot_input(
     "All windows and neighbors of an input, titled by its labels."
     import matplotlib.pyplot as plt
 
-    n = 2 * settings.neighbors + 1
-    size = (1.65 * n + 0.4, 1.65 * len(settings.windows) + 0.6)
-    bare: dict = {"xticks": [], "yticks": []}
-    fig, axes = plt.subplots(len(settings.windows), n, figsize=size, squeeze=False, subplot_kw=bare)
+    rows, n = len(settings.windows), 2 * settings.neighbors + 1
+    size = (1.65 * n + 0.4, 1.65 * rows + 0.6)
+    fig, axes = plt.subplots(rows, n, figsize=size, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for ax, image in zip(axes.T.flat, x.cpu().float(), strict=True):
         ax.imshow(image, cmap="gray", vmin=-1, vmax=1)
     for ax, (name, (center, width)) in zip(axes[:, 0], settings.windows.items(), strict=True):
         ax.set_ylabel(f"{name}, {center:g}/{width:g} HU")
-    shown = ", ".join(name for name, on in zip(SUBTYPES, y, strict=False) if on) or "no " * (not y[-1]) + "hemorrhage"
+    subtypes = ", ".join(name for name, on in zip(SUBTYPES, y, strict=False) if on)
+    shown = subtypes or ("hemorrhage" if y[-1] else "no hemorrhage")
     fig.suptitle(f"An input of {len(x)} channels: {shown}")
     return fig
 

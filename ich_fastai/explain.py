@@ -122,8 +122,7 @@ def plot_subgroups(
             ax.plot([estimate.low, estimate.high], [y, y], color="#0072B2", lw=1.5)
     names = [f"{r.group}: {r.value_of} (n = {r.n_positive:,})" for r in rows.itertuples()]
     ax.set_yticks(range(len(rows)), names)
-    ax.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5))
-    ax.set(xlabel="sensitivity for any, 95% interval by patient")
+    ax.set(xlabel="sensitivity for any, 95% interval by patient", xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5))
     ax.set_title(f"Sensitivity by group (n: slices that bleed){note and ', ' + note}")
     return fig
 
@@ -141,8 +140,8 @@ def worst_mistakes(
         rows = table[among & wrong].sort_values("off", ascending=False).drop_duplicates("PatientID").head(n)
         found.append(rows.assign(kind=kind, mistakes=(among & wrong).sum(), among=among.sum()))
     worst = pd.concat(found, ignore_index=True)
-    names = [", ".join(s for s in SUBTYPES if r[s] == 1) for r in worst.to_dict("records")]
-    worst["truth"] = [s or "no " * (k != "missed") + "hemorrhage" for s, k in zip(names, worst["kind"], strict=True)]
+    unnamed, rows = {"false alarm": "no hemorrhage", "missed": "hemorrhage"}, worst.to_dict("records")
+    worst["truth"] = [", ".join(s for s in SUBTYPES if row[s] == 1) or unnamed[row["kind"]] for row in rows]
     return worst[["SOPInstanceUID", "kind", "p", "truth", "mistakes", "among"]]
 
 # %% ../nbs/24_explain.ipynb #24-026
@@ -214,9 +213,11 @@ def choose_slices(
 ) -> pd.DataFrame:  # rows of the cohort, and `label`, what to explain; a slice may stand under several
     "Held-out slices of each subtype; four times as many of `any` where no subtype is known; one where nothing bleeds."
     held_out, chosen = cohort[cohort["fold"] == fold], []
-    for label in (held_out["any"].any() and known_labels(held_out)[:-1]) or ["any"]:
+    bleeds = held_out["any"].any()
+    subtypes = known_labels(held_out)[:-1] if bleeds else []
+    for label in subtypes or ["any"]:
         part = held_out[held_out[label] == held_out["any"].max()]
-        k = min(n * (4 if label == "any" and part["any"].any() else 1), len(part))
+        k = min(n if subtypes or not bleeds else 4 * n, len(part))
         middles = (np.arange(k) + 0.5) / max(k, 1) * len(part)
         chosen.append(part.iloc[middles.astype(int)].assign(label=label))
     return pd.concat(chosen)

@@ -275,7 +275,8 @@ def plot_imbalance(
     of = table.set_index(index)[[*ESTIMATE, "by_seed"]]
     fig, axes = plt.subplots(2, 2, figsize=(8.4, 2 + 0.8 * len(arms)), sharey=True)
     shown = find_shown(table)
-    _ = [ax.axis("off") for ax in axes.flat[len(shown) :]]
+    for ax in axes.flat[len(shown) :]:
+        ax.axis("off")
     for ax, (key, (name, mark, *_)) in zip(axes.flat, shown.items(), strict=False):
         for y, arm in enumerate(arms):
             for kind, by in (("raw", -0.16), ("corrected", 0.16)):
@@ -307,7 +308,8 @@ def plot_differences(
     of = others.set_index(["label", "metric", "arm"])
     size = (8.4, 0.7 + n_rows * (0.6 + 0.3 * len(arms)))
     fig, axes = plt.subplots(n_rows, 2, figsize=size, sharey=True, squeeze=False)
-    _ = [ax.axis("off") for ax in axes.flat[len(panels) :]]
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
     for ax, (key, name) in zip(axes.flat, panels.items(), strict=False):
         for y, arm in enumerate(arms):
             row = of.loc[(*key, arm)]
@@ -339,12 +341,11 @@ def compare(
     caption = "The arms on the same held-out patients; a mark for each seed behind the mean and its interval."
     figures = {"imbalance.svg": (plot_imbalance(tables["table_2"], note), caption)}
     if len(arms.values) > 1:
-        chance = "Where nothing differs, one interval in twenty leaves 0 out."
+        caption = "Differences of the arms. Where nothing differs, one interval in twenty leaves 0 out."
         shown = {key: s.name for key, s in find_shown(differences).items()}
         labels = {(k, "auc"): f"AUC of {k}" for k in LABELS if k in set(differences["label"])}
-        for name, panels in (("imbalance_differences", shown), ("imbalance_labels", labels))[
-            : len(labels)
-        ]:  # one label is in the first
-            figures[f"{name}.svg"] = plot_differences(differences, panels, note), f"Differences of the arms. {chance}"
+        figures["imbalance_differences.svg"] = plot_differences(differences, shown, note), caption
+        if len(labels) > 1:  # of one alone, the figure above has the AUC
+            figures["imbalance_labels.svg"] = plot_differences(differences, labels, note), caption
     save_captioned(figures, run_dir, note)
     return tables

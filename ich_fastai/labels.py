@@ -160,9 +160,7 @@ def class_balance(
 # %% ../nbs/01_labels.ipynb #01-048
 def cooccurrence(
     labels: pd.DataFrame,  # (n, 6) 0 or 1, columns LABELS
-) -> (
-    pd.DataFrame
-):  # (6, 6) p(column given row), null where no slice carries the row's label; fewer where fewer are known
+) -> pd.DataFrame:  # (k, k) of k known labels: p(column given row), null where no slice carries the row's label
     "How often each label occurs where another one does."
     known = known_labels(labels)
     y = labels[known].to_numpy(dtype=np.float64)

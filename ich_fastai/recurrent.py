@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'BATCH', 'CHECKS', 'PARTS', 'keep_features', 'order_series', 'Scans', 'make_scans', 'pad_rows',
            'SeriesNetwork', 'run_network', 'masked_loss', 'fit_network', 'cross_fit_series', 'see_features',
-           'join_views', 'add_recurrent', 'add_network', 'predict_series']
+           'add_recurrent', 'add_network', 'predict_series']
 
 # %% ../nbs/17_recurrent.ipynb #17-003
 from pathlib import Path
@@ -214,14 +214,9 @@ def see_features(
     with keep_features(model.network) as seen:
         for x, _ in SliceBatches(rows, cache_dir, model.settings, train=False, place=Place(model.device)):
             model.network(x)
-    return join_views(seen, len(rows))
+    return torch.cat(seen).numpy()
 
-
-def join_views(seen: list[torch.Tensor], n: int) -> np.ndarray:  # (n, d)
-    "The features of the batches; of a slice that the network saw in several views, those of the first."
-    return torch.cat(seen[:: max(1, sum(map(len, seen)) // max(n, 1))]).numpy()
-
-# %% ../nbs/17_recurrent.ipynb #17-036
+# %% ../nbs/17_recurrent.ipynb #17-035
 def add_recurrent(
     table: pd.DataFrame,  # of `place_slices`, of one fold
     features: np.ndarray,  # (n, d)
@@ -237,7 +232,7 @@ def add_recurrent(
     columns = dict(zip(ADDED, added.astype(np.float32).T, strict=True))
     return table.assign(part=part, **columns), network, {"units": units, "parts": PARTS} | facts
 
-# %% ../nbs/17_recurrent.ipynb #17-038
+# %% ../nbs/17_recurrent.ipynb #17-037
 @checked
 def add_network(
     run_dir: str | Path,  # with predictions.parquet, model/ and cohort.parquet; for a network also cache/
@@ -255,17 +250,15 @@ def add_network(
 
         cohort = read_stage(run_dir, "cohort.parquet").set_index("SOPInstanceUID", drop=False)
         rows, model = cohort.loc[table["SOPInstanceUID"]], load_model(run_dir / "model")
-        features, card = (
-            see_features(model, rows, stage_file(run_dir, "cache")),
-            read_stage(run_dir, "model/model.json"),
-        )
+        features = see_features(model, rows, stage_file(run_dir, "cache"))
+        card = read_stage(run_dir, "model/model.json")
         table, network, card["recurrent"] = add_recurrent(table, features, recurrent, seed)
         write_checked(run_dir / "model" / "recurrent.safetensors", lambda p: save_file(network.state_dict(), p, MARKED))
         save_table(table, run_dir / "predictions.parquet")
         save_json(card, run_dir / "model" / "model.json", checked=True)
     return table
 
-# %% ../nbs/17_recurrent.ipynb #17-041
+# %% ../nbs/17_recurrent.ipynb #17-040
 def predict_series(
     model: Model,  # of `load_model`
     hu: np.ndarray,  # (m, size, size) int16 HU
@@ -279,7 +272,7 @@ def predict_series(
     smooth = model.card.get("smooth", 0.0)
     if not model.recurrent or not len(logits):
         return smooth_logits(logits, series, z_mm, smooth)
-    scans = make_scans(logits, join_views(seen, len(logits)), series, z_mm, smooth)
+    scans = make_scans(logits, torch.cat(seen).numpy(), series, z_mm, smooth)
     network = SeriesNetwork(scans.features.shape[1], scans.about.shape[1], len(model.recurrent["see.1.bias"]))
     network.load_state_dict(model.recurrent)
     with one_thread():
