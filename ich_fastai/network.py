@@ -226,5 +226,6 @@ def share_norms(
 
         return convert_sync_batchnorm(network)
     if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in network.modules()):
-        raise InputError("several processes on CPUs: batch norm cannot be shared; start one, it uses all cores")
+        how = "start one process; for several networks it uses the cores itself"
+        raise InputError(f"several processes on CPUs: batch norm cannot be shared; {how}")
     return network
