@@ -111,7 +111,7 @@ def warm(tmp_path_factory):
     base, owner = tmp_path_factory.getbasetemp(), os.getpid()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base, owner = base.parent, os.getppid()
-    start = [sys.executable, "-W", "ignore", str(PROJECT / "tests" / "warm.py")]
+    start = [sys.executable, str(PROJECT / "tests" / "warm.py")]
     with FileLock(base / "warm.lock"):
         if not (base / "warm").exists():
             quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

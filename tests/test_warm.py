@@ -28,6 +28,22 @@ def test_it_ends_as_python_would(warm, tmp_path, end, code, said):
     assert done.returncode == code and said in done.stderr and bool(said) == bool(done.stderr)
 
 
+def test_it_warns_as_python_would_and_draws_numbers_of_its_own(warm, tmp_path):
+    script = """import random, sys, warnings
+import numpy, torch
+print(random.random(), numpy.random.rand(), torch.rand(1).item())
+warnings.warn("here")
+warnings.warn_explicit("in a library", DeprecationWarning, "library.py", 1)
+print(sys.warnoptions)
+"""
+    (tmp_path / "script.py").write_text(script)
+    how = {"capture_output": True, "text": True, "timeout": 60, "check": True}
+    a, b = (subprocess.run([*warm, tmp_path / "script.py"], **how) for _ in range(2))
+    (drawn, options), (others, _) = (done.stdout.splitlines() for done in (a, b))
+    assert not set(drawn.split()) & set(others.split()) and options == "[]"
+    assert "UserWarning: here" in a.stderr and "in a library" not in a.stderr
+
+
 def test_it_ends_with_the_one_that_asked(warm, tmp_path):
     (tmp_path / "script.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)")
     asked = subprocess.Popen([*warm, tmp_path / "script.py"], stdout=subprocess.PIPE, text=True)

@@ -79,8 +79,18 @@ def watch(asked):
         run(order, streams)
     for stream in streams:
         os.close(stream)
-    threading.Thread(target=lambda: asked.recv(1) or os.kill(pid, signal.SIGKILL), daemon=True).start()
-    asked.sendall(b"%d\n" % os.waitpid(pid, 0)[1])
+    ended = threading.Event()
+
+    def end_it():
+        with contextlib.suppress(ConnectionError):
+            asked.recv(1)  # nothing comes but its end
+        if not ended.is_set():  # else the number may be another process's by now
+            os.kill(pid, signal.SIGKILL)
+
+    threading.Thread(target=end_it, daemon=True).start()
+    status = os.waitpid(pid, 0)[1]
+    ended.set()
+    asked.sendall(b"%d\n" % status)
     os._exit(0)
 
 
@@ -97,12 +107,24 @@ def run(order, streams):
     os.environ.update(environment)
     if "matplotlib" in sys.modules and "MPLBACKEND" in environment:
         sys.modules["matplotlib"].rcParams["backend"] = environment["MPLBACKEND"]
+    draw_anew()
     is_module = arguments[0] == "-m"
     sys.argv = arguments[is_module:]
     sys.path[0] = folder if is_module else os.path.dirname(os.path.abspath(arguments[0]))
     if is_module:
         leave(lambda: runpy.run_module(arguments[1], run_name="__main__", alter_sys=True))
     leave(lambda: runpy.run_path(arguments[0], run_name="__main__"))
+
+
+def draw_anew():
+    "Random numbers of its own, or each fork would draw those of the first. The seed of hashes is the server's."
+    import random
+
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].seed()
 
 
 def leave(program):
