@@ -230,9 +230,7 @@ def test_a_recurrent_network_is_fitted_again_as_at_first_and_an_earlier_one_goes
     assert again.card == first.card and all(torch.equal(again.recurrent[k], w) for k, w in first.recurrent.items())
 
 
-@pytest.mark.parametrize(
-    "units, why", [(-1, "must be 0 to 1024"), (True, "must be 0 to 1024"), (8, "hold out one fold")]
-)
+@pytest.mark.parametrize("units, why", [(-1, "must be 0 to 1024"), (True, "must be 0 to 1024"), (8, "train one")])
 def test_a_recurrent_network_that_cannot_be_is_one_line(stage, units, why):
     with pytest.raises(InputError, match=f"recurrent={units}: .*{why}") as error:
         add_network(stage, units)
