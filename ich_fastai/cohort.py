@@ -59,7 +59,9 @@ def find_neighbors(
 ) -> pd.DataFrame:  # index SOPInstanceUID; position (0 at the lowest z), address and four neighbors' addresses (int64)
     "Where each readable slice and its neighbors are in the cache: address = shard * SHARD_ROWS + row."
     good = slices[slices["error"].isna()].drop_duplicates("SOPInstanceUID")
-    good = good.assign(series=good["PatientID"].fillna("") + " " + name_series(good))  # a patient's own, in any case
+    series = good["PatientID"].fillna("") + " " + name_series(good)  # a patient's own, in any case
+    alone = " " + good["SOPInstanceUID"].where(good["z_mm"].isna(), "")  # without a position there is no neighbor
+    good = good.assign(series=series + alone)
     good = good.sort_values(["series", "z_mm", "SOPInstanceUID"])
     series = good.groupby("series", sort=False)["SOPInstanceUID"]
     i, position = np.arange(len(good)), series.cumcount().to_numpy("int64")
