@@ -1,6 +1,8 @@
 """Another hospital's dataset through the stages: labels that do not exist stay out of loss, tables and answers."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import matplotlib
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from conftest import PROJECT
 
-from ich_fastai.adopt import adopt
+from ich_fastai.adopt import adopt, find_heights
 from ich_fastai.arms import train_arms
 from ich_fastai.batches import Settings, named_windows
 from ich_fastai.controls import controls
@@ -22,6 +24,7 @@ from ich_fastai.layouts import write_layout
 from ich_fastai.model import NEVER, load_model, loss_weights, make_loss
 from ich_fastai.predict import decide, format_studies, summarize_studies
 from ich_fastai.reproduce import reproduce
+from ich_fastai.series import Stack
 from ich_fastai.train import fit
 from ich_fastai.validate import validate
 
@@ -142,3 +145,50 @@ def test_what_cannot_be_trained_on_is_one_line(tmp_path):
         with pytest.raises(InputError, match=words) as error:
             check_data(folder, {}, name)
         assert "\n" not in str(error.value)
+
+
+def test_a_study_that_nobody_can_read_stops_no_run(tmp_path):
+    write_layout("phe_sich", tmp_path / "data", numbers=(1, 2, 3))
+    for picture in (tmp_path / "data" / "slices").glob("0001_*"):
+        picture.write_bytes(b"no picture")
+    run_cells("39b_adopt", dataset="phe_sich", data_dir=tmp_path / "data", run_dir=tmp_path / "run", cache_size=32)
+    slices = read_stage(tmp_path / "run", "slices.parquet")
+    assert slices.groupby("StudyInstanceUID")["error"].apply(lambda e: e.isna().any()).tolist() == [False, True, True]
+    assert "no readable picture" in slices["error"].dropna().iloc[0]
+
+
+def test_studies_longer_than_a_shard_are_rows_with_the_reason(tmp_path, monkeypatch):
+    write_layout("phe_sich", tmp_path / "data", numbers=(1, 2))
+    opened = open_dataset("phe_sich", tmp_path / "data")
+    long, short = opened.studies
+    read = opened.reader
+    monkeypatch.setattr("ich_fastai.adopt.SHARD_ROWS", len(read(short, 32, None)[0].ids))
+    reader = partial(make_longer, read, long)
+    slices = adopt(replace(opened, reader=reader), tmp_path / "run", cache_size=32).set_index("StudyInstanceUID")
+    assert "slices, more than" in slices.loc[long, "error"] and slices.loc[short, "error"].isna().all()
+    with pytest.raises(InputError, match="no readable slice, e.g. .* slices, more than 2"):
+        monkeypatch.setattr("ich_fastai.adopt.SHARD_ROWS", 2)
+        adopt(opened, tmp_path / "run", cache_size=32)
+
+
+def make_longer(read, study, name, *how):
+    "A reader that gives one study twice, one on the other."
+    stack, series = read(name, *how)
+    if name != study:
+        return stack, series
+    double = {"hu": np.concatenate([stack.hu] * 2), "slab": np.concatenate([stack.slab, stack.slab + len(stack.hu)])}
+    ids = (*stack.ids, *(f"{i} again" for i in stack.ids))
+    return stack._replace(**double, ids=ids, z_mm=np.arange(len(ids)) * 1.0), series
+
+
+def test_a_number_is_a_position_where_there_is_no_other():
+    stack = Stack(np.empty((3, 8, 8), np.int16), np.arange(3), 1, {}, [], np.array([0, np.nan, 2]), tuple("abc"))
+    assert find_heights(stack, 2.5).tolist() == [0, 2.5, 5] and find_heights(stack, np.nan).tolist() == [0, 5, 10]
+    assert np.isnan(find_heights(stack._replace(step=0), 2.5)).all()
+    assert find_heights(stack._replace(z_mm=np.arange(3.0)), 9).tolist() == [0, 1, 2]
+
+
+def test_a_run_in_the_data_is_refused_before_it_starts(tmp_path):
+    write_layout("phe_sich", tmp_path / "data")
+    with pytest.raises(InputError, match="run: lies in the folder of the data; choose a run folder outside of it"):
+        reproduce("tiny", tmp_path / "data", tmp_path / "data" / "run", dataset="phe_sich", last="39b")
