@@ -205,13 +205,18 @@ class Progress:
 # %% ../nbs/35_tables.ipynb #35-024
 def read_sample(
     csv: str | Path,  # the competition's sample submission, columns ID,Label
+    known: Sequence[str] = LABELS,  # labels that the model was trained on
 ) -> pd.Series:  # of str, in its order
-    "The rows that are asked for. Raises `InputError` for another kind of file."
+    "The rows that are asked for. Raises `InputError` for another kind of file, or labels that the model cannot give."
     try:
-        return pd.read_csv(csv, usecols=["ID", "Label"])["ID"]
+        wanted = pd.read_csv(csv, usecols=["ID", "Label"])["ID"]
     except (OSError, ValueError) as e:
         why = str(e).splitlines()[0]
         raise InputError(f"{csv}: not a sample submission with the columns ID,Label: {why}") from e
+    asked = set(wanted.astype(str).str.rpartition("_")[2])
+    if missing := [label for label in LABELS if label in asked and label not in known]:
+        raise InputError(f"{csv}: asks for {', '.join(missing)}, on which the model was not trained")
+    return wanted
 
 # %% ../nbs/35_tables.ipynb #35-025
 def make_submission(

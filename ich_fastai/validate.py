@@ -45,7 +45,11 @@ def check_overlap(
     model_dir: str | Path,  # model/ of a run; the run's cohort.parquet may lie beside it
     card: dict,  # model.json
 ) -> None:
-    "Raise `InputError` where the model has seen the dataset's patients, as far as can be known."
+    "Raise `InputError` where the model knows none of the labels, or has seen the patients, as far as can be known."
+    mine, theirs = card.get("labels", LABELS), [label for label in LABELS if label in dataset.labels]
+    if not {*mine} & {*theirs}:
+        what = f"the model knows {', '.join(mine)}; the dataset has {', '.join(theirs)}: nothing in common"
+        raise InputError(f"{dataset.facts.name}: cannot be judged: {what}")
     check_independent(dataset.facts, card)
     run_dir = Path(model_dir).resolve().parent
     if (run_dir / "cohort.parquet").is_file():
@@ -112,7 +116,7 @@ def ask_all(
     progress: bool = False,  # show a bar on a terminal
 ) -> pd.DataFrame:  # columns ANSWERS, in the order of the studies
     "The answers of all studies; those already in the folder are kept, those that failed are tried again."
-    tables = []
+    tables, read = [], partial(pd.read_csv, dtype=dict.fromkeys(TEXTS, str))
     for study in tqdm(dataset.studies, disable=None if progress else True, unit="study"):
         path = Path(folder) / f"{hash_uid(study)}.parquet"
         table = read_run_file(path, again=AGAIN) if path.is_file() else pd.DataFrame(columns=ANSWERS)
@@ -122,10 +126,7 @@ def ask_all(
                 save_table(make_harmless(dataset.series[study]), path.with_suffix(".csv"))
             save_table(table, path)
         if path.with_suffix(".csv").is_file():  # read back also when just written: the same whether killed or not
-            series = read_run_file(
-                path.with_suffix(".csv"), partial(pd.read_csv, dtype=dict.fromkeys(TEXTS, str)), AGAIN
-            )
-            dataset.series[study] = series.assign(study=study)
+            dataset.series[study] = read_run_file(path.with_suffix(".csv"), read, AGAIN).assign(study=study)
         tables.append(table)
     return pd.concat([t.dropna(axis=1, how="all") for t in tables], ignore_index=True).reindex(columns=ANSWERS)
 

@@ -70,3 +70,11 @@ def test_what_it_cannot_hold_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r'pip install "ich_fastai\[onnx\]"'):
         export_onnx(good, tmp_path / "a.onnx")
     assert not list(tmp_path.glob("a.*"))
+
+
+def test_what_the_model_was_not_taught_it_does_not_say(tmp_path):
+    folder = make_folder(tmp_path / "model", "resnet10t", labels=["subdural", "any"])
+    path, hu = tmp_path / "model.onnx", np.zeros((2, 3, 128, 128), np.int16)
+    ich_onnx(str(folder), str(path))
+    p = InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(["probabilities"], {"hu": hu})[0]
+    assert (np.isnan(p) == [label not in ("subdural", "any") for label in LABELS]).all()

@@ -104,6 +104,8 @@ def test_submission_follows_the_sample(tmp_path):
     assert table["Label"].to_numpy() == pytest.approx(p[[2, 0, 1]].ravel(), abs=1e-12)
     with pytest.raises(InputError, match="6 of 18 rows of the sample have no probability, e.g. ID_c_epidural"):
         make_submission(slices[slices["SOPInstanceUID"] != "ID_c"], wanted)
+    with pytest.raises(InputError, match="sample.csv: asks for epidural, .*, on which the model was not trained"):
+        read_sample(tmp_path / "sample.csv", ["any"])
 
 
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "", None])

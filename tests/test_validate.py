@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from ich_fastai.batches import Settings
-from ich_fastai.core import InputError, read_stage
+from ich_fastai.core import InputError, read_stage, save_json
 from ich_fastai.datasets import open_dataset, read_cq500
 from ich_fastai.evaluate import evaluate
 from ich_fastai.labels import LABELS, LOGITS, SUBTYPES
@@ -269,6 +269,16 @@ def test_what_overlaps_the_training_is_refused(layouts, model_dir, tmp_path, nam
             folder = tiny_phantom()
         ich_validate(str(model_dir), name, str(folder), str(tmp_path / "out"))
     assert "\n" not in str(e.value) and name in str(e.value)
+
+
+def test_without_a_common_label_nobody_is_asked(layouts, model_dir, tmp_path):
+    dataset, model = open_dataset("phe_sich", layouts["phe_sich"][0]), tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    card = read_stage(tmp_path, "model/model.json")
+    save_json(card | {"labels": ["subdural"]}, model / "model.json", checked=True)
+    with pytest.raises(InputError, match="the model knows subdural; the dataset has any: nothing in common"):
+        validate(model, dataset, tmp_path / "out", n_boot=10)
+    assert not (tmp_path / "out").exists()
 
 
 def test_slices_of_the_training_run_are_refused_whatever_the_dataset_says(layouts, model_dir, tmp_path):
