@@ -12,7 +12,9 @@ __all__ = ['NO_FILES', 'CQ500_NAMES', 'KEYS', 'ADAPTERS', 'read_datasets', 'find
 import json
 import math
 import re
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -247,8 +249,8 @@ def join_headers(
 # %% ../nbs/38_datasets.ipynb #38-028
 def open_headers(folder: Path, labels: pd.DataFrame, level: str, csv: Path, facts: pd.Series) -> Dataset:
     "A dataset whose labels name slices or studies by their UIDs."
-    scratch = make_scratch()  # for what is unpacked
-    images = list_headers(folder, scratch.__enter__())
+    held = ExitStack()  # what is unpacked, for as long as the reader
+    images = list_headers(folder, held.enter_context(make_scratch()))
     labels = join_headers(labels, level, images)
     files = {study: list(map(Path, paths)) for study, paths in images.groupby("StudyInstanceUID")["path"]}
     studies, reasons = join_files(labels, files, csv)
@@ -256,7 +258,7 @@ def open_headers(folder: Path, labels: pd.DataFrame, level: str, csv: Path, fact
     if len(lost):
         reasons[NO_FILES] = f"{len(lost):,} labelled slices without a file: {name_some(lost, 3)}"
     reader = partial(read_dicom, files)
-    setattr(reader, "scratch", scratch)  # noqa: B010  kept as long as the reader
+    weakref.finalize(reader, held.close)
     return Dataset(facts, level, labels.drop(index=lost), studies, reader, reasons)
 
 

@@ -133,18 +133,18 @@ Writer = Callable[[Model, Study], object]
 
 
 @contextmanager
-def explain_stop(tables: Tables) -> Iterator[None]:
+def explain_stop(tables: Tables | None = None) -> Iterator[None]:  # None before there are any
     "Make of whatever a user or a disk stops the block by an `InputError` that says what is finished."
     try:
         yield
     except KeyboardInterrupt:
-        raise InputError(f"stopped{tables.describe() or '; no study was finished'}") from None
+        raise InputError(f"stopped{(tables and tables.describe()) or '; no study was finished'}") from None
     except InputError as e:
-        raise InputError(f"{e}{tables.describe()}") from e
+        raise InputError(f"{e}{tables.describe() if tables else ''}") from e
     except OSError as e:
         where = e.filename or f"standard output, or {tempfile.gettempdir()}"
         what = f"{where}: {e.strerror}; free some space or set TMPDIR"
-        raise InputError(what + tables.describe()) from e
+        raise InputError(what + (tables.describe() if tables else "")) from e
 
 
 def predict_export(
@@ -267,12 +267,12 @@ def ich_predict(
     "Probabilities of intracranial hemorrhage for each slice and study, by one series. Not a medical device."
     inputs, paths = name_outputs([files] if isinstance(files, str) else list(files), out, submission)
     check_folders(inputs, html=html, json=json, dicom=dicom)
-    begun = {"version": importlib.metadata.version("ich_fastai"), "--series": series}
-    begun |= {"--all-series": all_series, "--html": html, "--json": json, "--dicom": dicom, "--show-uids": show_uids}
-    with open_models(model) as found, hold_outputs(paths[0], html, json, dicom):
-        begun |= {"model": hash_model(found), "input": hash_paths(inputs)}
-        with explain_stop(tables := Tables(paths[:3], begun, resume)):
-            loaded, wanted = load_model(found, device or None), read_sample(submission) if submission else None
+    begun = {"version": importlib.metadata.version("ich_fastai"), "--series": series, "--all-series": all_series}
+    begun |= {"--html": html, "--json": json, "--dicom": dicom, "--show-uids": show_uids, "input": hash_paths(inputs)}
+    with explain_stop(), open_models(model) as found, hold_outputs(paths[0], html, json, dicom):
+        with explain_stop(tables := Tables(paths[:3], begun | {"model": hash_model(found)}, resume)):
+            loaded = load_model(found, device or None)
+            wanted = read_sample(submission, loaded.card.get("labels", LABELS)) if submission else None
             writers = choose_writers(found, loaded, html, json, dicom, show_uids)
             n = predict_files(loaded, inputs, tables, writers, series=series, all_series=all_series)
             for what, folder in (("page", html), ("JSON file", json), ("report and picture", dicom)):

@@ -7,7 +7,6 @@ __all__ = ['SAME', 'check_alike', 'average_predictions', 'join_models', 'open_mo
 
 # %% ../nbs/29_ensemble.ipynb #29-002
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .core import InputError, read_run_file, read_stage, save_json, save_table
+from .guard import make_scratch
 from .labels import LOGITS
 from .model import WEIGHTS
 from .sequence import read_unseen
@@ -98,7 +98,7 @@ def open_models(
     if len(folders) == 1 or Path(named).exists():
         yield Path(named)
         return
-    with tempfile.TemporaryDirectory() as scratch:
+    with make_scratch() as scratch:  # it names patients
         folder = join_models(folders, scratch)
         n = read_run_file(folder / "model.json")["corrections"]["fitted_on"]["patients"]
         print(f"The mean of {len(folders)} models, calibrated on {n:,} patients that none of them has seen.")

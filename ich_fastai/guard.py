@@ -118,18 +118,23 @@ def hold_folder(
 # %% ../nbs/00c_guard.ipynb #00-019
 @contextmanager
 def make_scratch() -> Iterator[Path]:
-    "A temporary folder; what killed commands left of theirs is taken away first."
+    "A temporary folder; what killed commands left of theirs is taken away first. Raises `OSError` without room."
+    from filelock import FileLock
+
     home = Path(tempfile.gettempdir())
+    with tempfile.TemporaryFile(dir=home):  # raises what is wrong with the place
+        pass
     for old in home.glob("ich-scratch-*/"):
         with suppress(InputError), hold_folder(home, lock_name=f"{old.name}.lock"):  # nobody holds it: killed
             shutil.rmtree(old, ignore_errors=True)
     folder = home / f"ich-scratch-{uuid4().hex}"
-    with hold_folder(home, lock_name=f"{folder.name}.lock"):
+    with FileLock(home / f"{folder.name}.lock", timeout=0) as lock:
         try:
             folder.mkdir(mode=0o700)
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 # %% ../nbs/00c_guard.ipynb #00-022
 def import_gdcm() -> None:

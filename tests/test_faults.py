@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from numbers import Integral, Real
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import PROJECT
 from dicom_files import make_file
@@ -28,6 +30,7 @@ from ich_fastai.batches import Settings, named_windows
 from ich_fastai.cohort import make_cohort
 from ich_fastai.controls import controls
 from ich_fastai.core import InputError, save_json
+from ich_fastai.datasets import open_dataset
 from ich_fastai.deliver import ich_predict
 from ich_fastai.evaluate import evaluate
 from ich_fastai.explain import explain
@@ -35,7 +38,7 @@ from ich_fastai.adopt import adopt
 from ich_fastai.guard import LISTS, RANGES, check_ranges, hold_folder, make_scratch
 from ich_fastai.imbalance import compare
 from ich_fastai.ingest import ingest
-from ich_fastai.labels import undersample
+from ich_fastai.labels import find_dataset, undersample
 from ich_fastai.phantom import make_phantom
 from ich_fastai.recurrent import add_network
 from ich_fastai.reproduce import PHANTOM_PARAMETERS, STAGES, check_network, check_parameters, declared_parameters
@@ -377,6 +380,22 @@ with make_scratch() as folder:
         assert run_python(code, 0, TMPDIR=str(tmp_path)).returncode == 0
         assert list(tmp_path.glob("ich-scratch-*/")) == [held], "one that is in use stays"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("of", ["dataset", "predict"])
+def test_trouble_with_the_temporary_folder_is_no_reason_of_a_study(tmp_path, monkeypatch, of):
+    (tmp_path / "study").mkdir()
+    shutil.copy(next(find_dataset(tiny_phantom()).dicom_dir.iterdir()), tmp_path / "study")
+    pd.DataFrame({"folder": ["study"], "any": [0]}).to_csv(tmp_path / "labels.csv", index=False)
+    dataset = open_dataset("folder", tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    if of == "dataset":
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            dataset.read("study", 32)
+        assert not dataset.reasons
+        return
+    with pytest.raises(InputError, match="nowhere.*: No such file or directory; free some space or set TMPDIR"):
+        ich_predict("a/model,b/model", [str(tmp_path / "study")], str(tmp_path / "out.csv"))
 
 
 def test_from_and_resume_refuse_data_that_is_not_what_it_was(tmp_path):
