@@ -153,7 +153,8 @@ def how_again(path: Path) -> str:  # of a run's file
         return f"delete {path.parent}; notebook {maker}, or ich-phantom, makes it again"
     if maker == "42_reproduce":
         return "ich-reproduce makes it: run that again without --resume and --from"
-    return f"notebook {maker} makes it: run that again on the same run_dir" if maker else "give another one"
+    adopted = " (39b_adopt with --dataset)" * (maker in ("01_labels", "08_ingest"))
+    return f"notebook {maker}{adopted} makes it: run that again on the same run_dir" if maker else "give another one"
 
 # %% ../nbs/00_core.ipynb #00-022
 def _read_text_table(file) -> pd.DataFrame:
