@@ -71,13 +71,19 @@ def hold_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
 # %% ../nbs/00b_workers.ipynb #00-016
+def _begin_work() -> None:
+    "In a worker: silent about deprecations in libraries; it ends with its parent."
+    warnings.simplefilter("ignore")
+    end_with_parent()
+
+
 @contextmanager
 def local_pool(
     n: int,  # processes, started anew: fork is not safe beside torch's threads
 ) -> Iterator[Executor]:
     "Processes that leave Ctrl-C to this one, and end at once where the block fails."
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n, mp_context=spawn, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(n, mp_context=spawn, initializer=_begin_work) as pool:
         try:
             yield pool
         except BaseException:
@@ -140,7 +146,6 @@ def run_shards(
 # %% ../nbs/00b_workers.ipynb #00-027
 def _call_there(named: list, number: int) -> None:  # a name and a call
     "In a worker: the call, what it gives forgotten."
-    warnings.simplefilter("ignore")
     named[1]()
 
 
