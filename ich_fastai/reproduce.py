@@ -336,6 +336,7 @@ def print_headline(
     path, manifest = run_dir / "tables" / "headline.csv", read_manifest(run_dir)
     if "22_evaluate" in manifest["seconds"]:
         table = read_run_file(path, lambda f: pd.read_csv(f, dtype=str, keep_default_na=False))
+        table = table.drop(columns="patients") if "networks alone" in table else table  # within 80 columns
         print("\n" + table.to_string(index=False, line_width=shutil.get_terminal_size((80, 24))[0], max_colwidth=40))
     if says := say_data(run_dir, manifest):
         print("\n" + "\n".join(textwrap.fill(text, 80) for text in says))
