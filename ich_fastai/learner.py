@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback import schedule  # noqa: F401  (gives Learner fit_one_cycle and lr_find)
+from fastai.callback import schedule  # noqa: F401  (gives Learner fit_one_cycle)
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.training import GradientClip

@@ -37,7 +37,7 @@ from .model import NEVER, Average, loss_weights, make_card, make_loss, save_mode
 from .learner import AverageWeights, Checkpoint, FollowEpochs, Journal, ShardedTrainer, StopOnNonFinite
 from .learner import make_learner
 
-# %% ../nbs/12_train.ipynb #12-009
+# %% ../nbs/12_train.ipynb #12-007
 def _train(learner: Learner, settings: Settings) -> None:
     "Run the one-cycle schedule, from the checkpoint's epoch on where there is one; on a CPU on one thread."
     start, device = learner.checkpoint.resume(), learner.dls.device
@@ -56,7 +56,7 @@ def _train(learner: Learner, settings: Settings) -> None:
         sizes = f"batch_size={settings.batch_size}, image_size={settings.image_size}"
         raise InputError(f"out of memory on {device} with {sizes}: lower one of them") from e
 
-# %% ../nbs/12_train.ipynb #12-010
+# %% ../nbs/12_train.ipynb #12-008
 CODE = (
     "cache",
     "cohort",
@@ -79,14 +79,14 @@ def fingerprint(
     parts += [Path(ich_fastai.__file__).with_name(f"{name}.py").read_bytes() for name in CODE]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
-# %% ../nbs/12_train.ipynb #12-013
+# %% ../nbs/12_train.ipynb #12-011
 def _prediction_table(rows: pd.DataFrame, logits: np.ndarray, keep_rate: float) -> pd.DataFrame:
     "predictions.parquet of one fold: ids, labels, logits as the network gives them."
     table = rows[["SOPInstanceUID", "PatientID", "StudyInstanceUID", "fold", *LABELS]].reset_index(drop=True)
     table[LOGITS] = logits.astype(np.float32)
     return table.assign(keep_rate=keep_rate)
 
-# %% ../nbs/12_train.ipynb #12-015
+# %% ../nbs/12_train.ipynb #12-013
 class Fold(NamedTuple):
     "What comes of one fold."
 
@@ -125,7 +125,7 @@ def fit_fold(
     kept = average[0].ema.module if average else learner.model
     return Fold(kept, predictions, pd.DataFrame(journal.history).assign(fold=fold, seed=settings.seed), facts)
 
-# %% ../nbs/12_train.ipynb #12-018
+# %% ../nbs/12_train.ipynb #12-016
 SLICES_A_PROCESS = 1000  # to train on; with fewer it takes longer to start the process
 
 
@@ -139,7 +139,7 @@ def count_processes(
         return 1
     return workers or max(1, min(count_cores(), slices // SLICES_A_PROCESS))
 
-# %% ../nbs/12_train.ipynb #12-020
+# %% ../nbs/12_train.ipynb #12-018
 def average_folds(
     each: Sequence[Fold],  # of the same fold, one or more networks
 ) -> Fold:  # its network an `Average` where there are several
@@ -152,7 +152,7 @@ def average_folds(
     history = pd.concat([fold.history for fold in each], ignore_index=True)
     return Fold(Average([fold.network for fold in each]), table, history, each[0].facts)
 
-# %% ../nbs/12_train.ipynb #12-023
+# %% ../nbs/12_train.ipynb #12-021
 def _fit_networks(one: Callable, folds, settings: Settings, processes: int, progress: bool) -> list[Fold]:
     "The networks of each fold; those of other processes are taken up from their checkpoints."
     alike = [replace(settings, seed=settings.seed + k, networks=1) for k in range(settings.networks)]
@@ -193,7 +193,7 @@ def fit(
         shutil.rmtree(checkpoints, ignore_errors=True)
     return predictions
 
-# %% ../nbs/12_train.ipynb #12-026
+# %% ../nbs/12_train.ipynb #12-024
 def plot_history(
     history: pd.DataFrame,  # history.csv, or that of several trainings
     by: str = "fold",  # column: a color each
@@ -214,7 +214,7 @@ def plot_history(
     fig.legend(loc="outside lower center", ncols=4)
     return fig
 
-# %% ../nbs/12_train.ipynb #12-028
+# %% ../nbs/12_train.ipynb #12-026
 def train(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,
