@@ -45,12 +45,12 @@ def _draw_direction(rng: np.random.Generator, side: int) -> tuple:
     d = np.array([side * rng.uniform(0.75, 1), rng.uniform(-0.7, 0.6), rng.uniform(-0.1, 0.75)])
     return tuple(d / np.sqrt((d * d).sum()))
 
-# %% ../nbs/04_bleeding.ipynb #04-014
+# %% ../nbs/04_bleeding.ipynb #04-015
 def draw_epidural(rng: np.random.Generator, bleed: Bleed) -> Bleed:
     "A lens of 8 to 24 mm under the convexity."
     return bleed._replace(direction=_draw_direction(rng, bleed.side), size=float(rng.uniform(8, 24)))
 
-# %% ../nbs/04_bleeding.ipynb #04-015
+# %% ../nbs/04_bleeding.ipynb #04-016
 def cover_epidural(bleed: Bleed, head: Head, p: Points) -> np.ndarray:
     "The share of epidural blood, (h, w) in 0 to 1."
     cx, cy, cz = bleed.direction
@@ -61,33 +61,33 @@ def cover_epidural(bleed: Bleed, head: Head, p: Points) -> np.ndarray:
     lens = share_inside(np.sqrt(dx * dx + dy * dy + dz * dz) - ball) * share_inside(p.inner)
     return lens * _same_bone(cy * reach, cz * reach, p.y, p.z)
 
-# %% ../nbs/04_bleeding.ipynb #04-018
+# %% ../nbs/04_bleeding.ipynb #04-019
 def draw_intraparenchymal(rng: np.random.Generator, bleed: Bleed) -> Bleed:
     "A hematoma of 6 to 20 mm radius in the basal ganglia or, for a variant from 0.5 on, in a lobe."
     u, deep = rng.uniform, bleed.variant < 0.5
     across, along, up = ((18, 30), (-14, 14), (-4, 16)) if deep else ((25, 44), (-50, 50), (5, 48))
     return bleed._replace(center=(bleed.side * u(*across), u(*along), u(*up)), size=float(u(6, 20)))
 
-# %% ../nbs/04_bleeding.ipynb #04-019
+# %% ../nbs/04_bleeding.ipynb #04-020
 def cover_intraparenchymal(bleed: Bleed, head: Head, p: Points) -> np.ndarray:
     "The share of blood in the brain, (h, w) in 0 to 1."
     radii = (bleed.size * 0.8, bleed.size * (1 + 0.4 * bleed.variant), bleed.size * 0.9)
     return share_inside(ellipsoid(p.x, p.y, p.z, bleed.center, radii) + p.rough * bleed.size * 0.16, 2.5)
 
-# %% ../nbs/04_bleeding.ipynb #04-022
+# %% ../nbs/04_bleeding.ipynb #04-023
 def draw_intraventricular(rng: np.random.Generator, bleed: Bleed) -> Bleed:
     "Blood that fills 0.1 to 0.95 of the ventricles."
     rng.uniform()  # a number that nothing uses: without it a seed would give other bytes
     return bleed._replace(fill=float(rng.uniform(0.1, 0.95)))
 
-# %% ../nbs/04_bleeding.ipynb #04-023
+# %% ../nbs/04_bleeding.ipynb #04-024
 def cover_intraventricular(bleed: Bleed, head: Head, p: Points) -> np.ndarray:
     "The share of blood in the ventricles, both or, for a variant from 0.6 on, of one side; (h, w) in 0 to 1."
     level = p.y - (35 - 60 * bleed.fill)
     one_side = 1 if bleed.variant < 0.6 else share_inside(-p.x * bleed.side - 2, 2)
     return p.ventricles * share_inside(-level + p.rough, 3) * one_side
 
-# %% ../nbs/04_bleeding.ipynb #04-026
+# %% ../nbs/04_bleeding.ipynb #04-027
 def draw_subarachnoid(rng: np.random.Generator, bleed: Bleed) -> Bleed:
     "Blood of at most 68 HU within 22 to 46 mm of the basal cisterns or, for a variant from 0.5 on, of a sulcus."
     u, basal = rng.uniform, bleed.variant < 0.5
@@ -95,18 +95,18 @@ def draw_subarachnoid(rng: np.random.Generator, bleed: Bleed) -> Bleed:
     center = (bleed.side * u(*across), u(*along), u(*up))
     return bleed._replace(center=center, size=float(u(22, 46)), hu=min(bleed.hu, 68.0))
 
-# %% ../nbs/04_bleeding.ipynb #04-027
+# %% ../nbs/04_bleeding.ipynb #04-028
 def cover_subarachnoid(bleed: Bleed, head: Head, p: Points) -> np.ndarray:
     "The share of blood in sulci and cisterns, (h, w) in 0 to 1."
     dx, dy, dz = (a - c for a, c in zip((p.x, p.y, p.z), bleed.center, strict=True))
     return p.csf * share_inside(np.sqrt(dx * dx + dy * dy + dz * dz) - bleed.size + 4 * p.rough, 10)
 
-# %% ../nbs/04_bleeding.ipynb #04-030
+# %% ../nbs/04_bleeding.ipynb #04-031
 def draw_subdural(rng: np.random.Generator, bleed: Bleed) -> Bleed:
     "A crescent of 4.5 to 13 mm."
     return bleed._replace(direction=_draw_direction(rng, bleed.side), size=float(rng.uniform(4.5, 13)))
 
-# %% ../nbs/04_bleeding.ipynb #04-031
+# %% ../nbs/04_bleeding.ipynb #04-032
 def cover_subdural(bleed: Bleed, head: Head, p: Points) -> np.ndarray:
     "The share of subdural blood, (h, w) in 0 to 1: beside the falx, on the tentorium, or under the skull."
     x, y, z, (cx, cy, cz) = p.x, p.y, p.z, bleed.direction
@@ -123,7 +123,7 @@ def cover_subdural(bleed: Bleed, head: Head, p: Points) -> np.ndarray:
     thick = bleed.size * np.clip((along - edge) * (1 / (1 - edge)) * 2.2, 0, 1)
     return share_inside(-p.inner - thick + 0.4 * p.rough) * share_inside(p.inner) * (thick > 0.5)
 
-# %% ../nbs/04_bleeding.ipynb #04-034
+# %% ../nbs/04_bleeding.ipynb #04-035
 KINDS = {
     "epidural": (draw_epidural, cover_epidural),
     "intraparenchymal": (draw_intraparenchymal, cover_intraparenchymal),
@@ -132,14 +132,14 @@ KINDS = {
     "subdural": (draw_subdural, cover_subdural),
 }
 
-# %% ../nbs/04_bleeding.ipynb #04-035
+# %% ../nbs/04_bleeding.ipynb #04-036
 def draw_bleed(rng: np.random.Generator, kind: str) -> Bleed:  # one of SUBTYPES
     "A random bleed of this kind, on either side: acute in four of five, else subacute or anemic."
     side = 1 if rng.random() < 0.5 else -1
     hu = float(rng.uniform(56, 80) if rng.random() < 0.8 else rng.uniform(46, 56))
     return KINDS[kind][0](rng, Bleed(kind, hu, side, rng.uniform()))
 
-# %% ../nbs/04_bleeding.ipynb #04-038
+# %% ../nbs/04_bleeding.ipynb #04-039
 def _shift_midline(bleeds: Sequence[Bleed], p: Points) -> np.ndarray:
     "x after mass effect, (h, w) float32, mm."
     x, y, z = p.x, p.y, p.z
@@ -149,7 +149,7 @@ def _shift_midline(bleeds: Sequence[Bleed], p: Points) -> np.ndarray:
             x = x + np.float32(push) / (1 + (x * x + y * y * 0.5 + z * z) * np.float32(1 / 1600))
     return x
 
-# %% ../nbs/04_bleeding.ipynb #04-041
+# %% ../nbs/04_bleeding.ipynb #04-042
 def _paint_edema(brain: np.ndarray, bleeds: Sequence[Bleed], head: Head, p: Points) -> Points:
     "`p` without the fluid that swelling presses out; edema is laid over `brain`, in place."
     for b in bleeds:
@@ -160,7 +160,7 @@ def _paint_edema(brain: np.ndarray, bleeds: Sequence[Bleed], head: Head, p: Poin
             p = p._replace(csf=p.csf * left, ventricles=p.ventricles * left)
     return p
 
-# %% ../nbs/04_bleeding.ipynb #04-043
+# %% ../nbs/04_bleeding.ipynb #04-044
 def draw_plane(
     head: Head,
     bleeds: Sequence[Bleed],

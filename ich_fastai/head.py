@@ -52,17 +52,17 @@ def paint(
     hu += (value - hu) * cover
     return hu
 
-# %% ../nbs/03_head.ipynb #03-020
+# %% ../nbs/03_head.ipynb #03-021
 def _step(t):  # any number
     "0 below 0, 1 above 1, smooth between."
     t = np.clip(t, 0, 1)
     return t * t * (3 - 2 * t)
 
-# %% ../nbs/03_head.ipynb #03-023
+# %% ../nbs/03_head.ipynb #03-024
 CELL = 4.5  # mm between the points of a random field
 FIELD = 48  # points of a random field along each axis
 
-# %% ../nbs/03_head.ipynb #03-024
+# %% ../nbs/03_head.ipynb #03-025
 def smooth_field(x: np.ndarray, n: int) -> np.ndarray:  # float32 of any shape; how often
     "`x` smoothed by [1, 2, 1] / 4 along every axis, periodic at the ends."
     for _ in range(n):
@@ -70,13 +70,13 @@ def smooth_field(x: np.ndarray, n: int) -> np.ndarray:  # float32 of any shape; 
             x = (np.roll(x, 1, axis) + x * 2 + np.roll(x, -1, axis)) * np.float32(0.25)
     return x
 
-# %% ../nbs/03_head.ipynb #03-026
+# %% ../nbs/03_head.ipynb #03-028
 def _draw_field(rng: np.random.Generator, smooth: int) -> np.ndarray:  # smooth 1: a grain of about 10 mm, 2: 14 mm
     "A random field (FIELD, FIELD, FIELD), float32, of standard deviation about 1."
     scale = {1: 4.35, 2: 7.0}[smooth]  # (sum of squared weights) ** -1.5: back to standard deviation 1
     return smooth_field(rng.standard_normal((FIELD,) * 3, dtype=np.float32), smooth) * np.float32(scale)
 
-# %% ../nbs/03_head.ipynb #03-028
+# %% ../nbs/03_head.ipynb #03-030
 def _sample_field(field: np.ndarray, *xyz: np.ndarray) -> np.ndarray:  # (n, n, n); each (h, w), mm; float32
     "The field at points of the head, (h, w) float32; trilinear, periodic."
     n, flat = field.shape[0], field.ravel()
@@ -94,7 +94,7 @@ def _sample_field(field: np.ndarray, *xyz: np.ndarray) -> np.ndarray:  # (n, n, 
     a, b = a + (row(x0, y1) - a) * fy, b + (row(x1, y1) - b) * fy
     return a + (b - a) * fx
 
-# %% ../nbs/03_head.ipynb #03-031
+# %% ../nbs/03_head.ipynb #03-033
 def double_size(x: np.ndarray) -> np.ndarray:  # (h, w) to (2 h, 2 w), float32
     "`x` at twice the resolution, linear."
     for axis in (0, 1):
@@ -105,14 +105,14 @@ def double_size(x: np.ndarray) -> np.ndarray:  # (h, w) to (2 h, 2 w), float32
         x = np.moveaxis(y, 0, axis)
     return np.ascontiguousarray(x)
 
-# %% ../nbs/03_head.ipynb #03-035
+# %% ../nbs/03_head.ipynb #03-037
 def _draw_bump(rng: np.random.Generator) -> tuple[tuple, float]:
     "Direction, a unit vector, and thickness, mm, of a scalp hematoma."
     d = np.array([rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(-0.2, 0.6)])
     d /= np.sqrt((d * d).sum()) + 1e-6
     return tuple(map(float, d)), float(rng.uniform(4, 13) * (rng.random() < 0.35))
 
-# %% ../nbs/03_head.ipynb #03-037
+# %% ../nbs/03_head.ipynb #03-039
 class Head(NamedTuple):
     "What makes one patient's anatomy."
 
@@ -134,7 +134,7 @@ class Head(NamedTuple):
     sulci: np.ndarray  # (FIELD, FIELD, FIELD) float32, standard deviation 1
     rough: np.ndarray  # (FIELD, FIELD, FIELD) float32, standard deviation 1
 
-# %% ../nbs/03_head.ipynb #03-038
+# %% ../nbs/03_head.ipynb #03-040
 def draw_head(rng: np.random.Generator) -> Head:  # of the patient
     "A random adult's head."
     u = rng.uniform
@@ -147,7 +147,7 @@ def draw_head(rng: np.random.Generator) -> Head:  # of the patient
     bump, bump_mm = _draw_bump(rng)
     return Head(**parts, bump=bump, bump_mm=bump_mm, sulci=_draw_field(rng, 1), rough=_draw_field(rng, 2))
 
-# %% ../nbs/03_head.ipynb #03-041
+# %% ../nbs/03_head.ipynb #03-043
 def _skull(head: Head, x, y, z):  # (h, w) float32, mm
     "Signed distance to the outer surface of the skull, mm."
     taper = 1 + np.clip(y, -90, 40) * np.float32(0.0011)  # narrower in front
@@ -157,7 +157,7 @@ def _skull(head: Head, x, y, z):  # (h, w) float32, mm
     ps, qs, rs = p * (1 / head.width), q * (1 / head.length), r * per_z
     return (radius - 1) * radius / (np.sqrt(ps * ps + qs * qs + rs * rs) + np.float32(1e-4))
 
-# %% ../nbs/03_head.ipynb #03-042
+# %% ../nbs/03_head.ipynb #03-044
 def _floor(x, y, rough):  # (h, w) float32: mm, mm, standard deviation 1
     "The height of the floor of the cranial cavity over each point, mm."
     ax = np.abs(x) + rough
@@ -166,7 +166,7 @@ def _floor(x, y, rough):  # (h, w) float32: mm, mm, standard deviation 1
     anterior = 6 - np.square(ax - 32) * np.float32(0.012)
     return -27 - 18 * middle * (1 - front) - 34 * back + anterior * front + 1.5 * rough
 
-# %% ../nbs/03_head.ipynb #03-045
+# %% ../nbs/03_head.ipynb #03-047
 class Points(NamedTuple):
     "Points of one plane and where they lie in a head; each (h, w) float32."
 
@@ -188,7 +188,7 @@ class Points(NamedTuple):
         "Signed distance to the cranial cavity, mm."
         return np.maximum(self.inner, self.floor)
 
-# %% ../nbs/03_head.ipynb #03-046
+# %% ../nbs/03_head.ipynb #03-048
 def locate(head: Head, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> Points:  # (h, w) float32, mm; h and w even
     "Where the points of a plane lie in a head."
     half = x[::2, ::2], y[::2, ::2], z[::2, ::2]
@@ -196,7 +196,7 @@ def locate(head: Head, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> Points:  
     outer = _skull(head, x, y, z)
     return Points(x, y, z, rough, sulci, outer, outer + head.skull, _floor(x, y, rough) - z)
 
-# %% ../nbs/03_head.ipynb #03-049
+# %% ../nbs/03_head.ipynb #03-051
 def plot_tiles(
     tiles: dict[str, np.ndarray],  # title: (h, w), HU, or 0 to 1 where `name` is no window
     name: str = "brain",  # a key of WINDOWS, or another title
@@ -216,7 +216,7 @@ def plot_tiles(
     fig.suptitle("{} window: center {}, width {} HU".format(name, *WINDOWS[name]) if name in WINDOWS else name)
     return fig
 
-# %% ../nbs/03_head.ipynb #03-052
+# %% ../nbs/03_head.ipynb #03-054
 def _ventricles(head: Head, p: Points) -> np.ndarray:
     "The share of lateral, third and fourth ventricle, (h, w) in 0 to 1."
     x, y, z, ax = p.x, p.y, p.z, np.abs(p.x)
@@ -232,7 +232,7 @@ def _ventricles(head: Head, p: Points) -> np.ndarray:
     sides = np.minimum(np.minimum(body, horn), np.minimum(back, temporal))
     return np.maximum(share_inside(sides + 0.5 * p.rough, 1.4) * septum, share_inside(np.minimum(third, fourth), 1.4))
 
-# %% ../nbs/03_head.ipynb #03-055
+# %% ../nbs/03_head.ipynb #03-057
 def _csf(head: Head, p: Points) -> np.ndarray:
     "The share of CSF outside the ventricles, (h, w) in 0 to 1."
     x, y, z, rough, depth, ax = p.x, p.y, p.z, p.rough, -p.cavity, np.abs(p.x)
@@ -253,7 +253,7 @@ def _csf(head: Head, p: Points) -> np.ndarray:
     shares += [share_inside(cisterns + 2.5 * rough + 1, 2), share_inside(depth - (0.8 + 1.6 * head.atrophy))]
     return np.maximum.reduce(shares)
 
-# %% ../nbs/03_head.ipynb #03-056
+# %% ../nbs/03_head.ipynb #03-058
 def _gray_matter(p: Points) -> np.ndarray:
     "The share of cortex and nuclei, (h, w) in 0 to 1."
     y, z, depth, ax = p.y, p.z, -p.cavity, np.abs(p.x)
@@ -263,7 +263,7 @@ def _gray_matter(p: Points) -> np.ndarray:
     caudate = ellipsoid(ax, y, z, (13, -20, 14), (5, 10, 8))
     return np.maximum(cortex, share_inside(np.minimum(np.minimum(thalamus, lentiform), caudate) + p.rough, 3))
 
-# %% ../nbs/03_head.ipynb #03-058
+# %% ../nbs/03_head.ipynb #03-060
 def _membranes(head: Head, p: Points) -> np.ndarray:
     "The share of falx and tentorium, (h, w) in 0 to 1."
     x, y, z, ax = p.x, p.y, p.z, np.abs(p.x)
@@ -273,18 +273,18 @@ def _membranes(head: Head, p: Points) -> np.ndarray:
     tentorium = share_inside(np.abs(below) - 0.9, 1.4) * (y > 5) * share_inside(27 - np.sqrt(x * x + y * y * 0.5), 3)
     return np.maximum(falx, tentorium)
 
-# %% ../nbs/03_head.ipynb #03-059
+# %% ../nbs/03_head.ipynb #03-061
 def find_tissue(head: Head, p: Points) -> Points:  # in the brain's own coordinates, where mass effect has moved it
     "`p` with what each point would be if it lay in the brain."
     shares = dict(csf=_csf(head, p), ventricles=_ventricles(head, p), gray=_gray_matter(p), falx=_membranes(head, p))
     return p._replace(**shares)
 
-# %% ../nbs/03_head.ipynb #03-062
+# %% ../nbs/03_head.ipynb #03-064
 def draw_matter(p: Points) -> np.ndarray:  # (h, w) float32, HU
     "White and gray matter."
     return paint(np.full(p.x.shape, HU["white"], np.float32), p.gray, HU["gray"] + 0.8 * p.rough)
 
-# %% ../nbs/03_head.ipynb #03-064
+# %% ../nbs/03_head.ipynb #03-066
 def _sinuses(p: Points) -> np.ndarray:
     "The share of the superior sagittal and transverse venous sinuses, (h, w) in 0 to 1: bands along the skull."
     y, z, depth = p.y, p.z, -p.cavity
@@ -293,7 +293,7 @@ def _sinuses(p: Points) -> np.ndarray:
     transverse = np.maximum(np.maximum(depth - 4, np.abs(below) - 4), 25 - y)
     return share_inside(np.minimum(sagittal, transverse)) * (below > -6)
 
-# %% ../nbs/03_head.ipynb #03-066
+# %% ../nbs/03_head.ipynb #03-068
 def paint_fluids(brain: np.ndarray, head: Head, p: Points) -> np.ndarray:  # `brain`, (h, w) float32, HU
     "CSF, ventricles, falx and venous sinuses laid over `brain`, in place."
     paint(brain, p.csf, HU["csf"])
@@ -301,7 +301,7 @@ def paint_fluids(brain: np.ndarray, head: Head, p: Points) -> np.ndarray:  # `br
     paint(brain, p.falx, HU["falx"])
     return paint(brain, _sinuses(p), head.vein)
 
-# %% ../nbs/03_head.ipynb #03-069
+# %% ../nbs/03_head.ipynb #03-071
 def paint_calcifications(brain: np.ndarray, head: Head, p: Points) -> np.ndarray:  # `brain`, (h, w) float32, HU
     "Pineal gland, choroid plexus and falx, where calcified, laid over `brain`, in place."
     x, y, z = p.x, p.y, p.z
@@ -314,7 +314,7 @@ def paint_calcifications(brain: np.ndarray, head: Head, p: Points) -> np.ndarray
         paint(brain, share_inside(ellipsoid(x, y, z, (0, -58, 25), (r, 9, 13))), HU["calcification"] * 1.5)
     return brain
 
-# %% ../nbs/03_head.ipynb #03-072
+# %% ../nbs/03_head.ipynb #03-074
 def _bump(head: Head, p: Points):
     "Thickness of the scalp hematoma over each point, mm."
     if not head.bump_mm:
@@ -323,7 +323,7 @@ def _bump(head: Head, p: Points):
     along = (x * dx + y * dy + z * dz) / (np.sqrt(x * x + y * y + z * z) + np.float32(1))
     return head.bump_mm * _step((along - 0.72) * 4.5)
 
-# %% ../nbs/03_head.ipynb #03-073
+# %% ../nbs/03_head.ipynb #03-075
 def _paint_vault(hu: np.ndarray, head: Head, p: Points) -> np.ndarray:
     "Scalp, skull with diploe and frontal sinus laid over `hu`, in place."
     x, y, z, outer, s = p.x, p.y, p.z, p.outer, head.sinus
@@ -345,7 +345,7 @@ def _paint_vault(hu: np.ndarray, head: Head, p: Points) -> np.ndarray:
         paint(hu, air * (np.abs(np.abs(x) - 9) > 0.8), HU["air"])
     return hu
 
-# %% ../nbs/03_head.ipynb #03-076
+# %% ../nbs/03_head.ipynb #03-078
 def _paint_neck(hu: np.ndarray, head: Head, p: Points) -> None:
     "Muscle with planes of fat, the floor, the lower ring of the skull and the jaw, in place."
     y, z, rough, under = p.y, p.z, p.rough, share_inside(p.outer) * share_inside(-p.floor, 1.5)
@@ -358,7 +358,7 @@ def _paint_neck(hu: np.ndarray, head: Head, p: Points) -> None:
     jaw = ellipsoid(np.abs(p.x), y, z, (50, -16, -84), (4, 12, 30))
     paint(hu, under * share_inside(jaw + 0.5 * rough), HU["bone"])
 
-# %% ../nbs/03_head.ipynb #03-077
+# %% ../nbs/03_head.ipynb #03-079
 def _paint_air(hu: np.ndarray, p: Points) -> None:
     "Nose with the cells of the ethmoid, sphenoid and maxillary sinuses, in place."
     x, y, z, ax, inside = p.x, p.y, p.z, np.abs(p.x), share_inside(p.outer)
@@ -374,7 +374,7 @@ def _paint_air(hu: np.ndarray, p: Points) -> None:
     paint(hu, inside * share_inside(maxillary - 1.5), HU["bone"] * 0.8)
     paint(hu, inside * share_inside(maxillary + 0.5), HU["air"])
 
-# %% ../nbs/03_head.ipynb #03-079
+# %% ../nbs/03_head.ipynb #03-081
 def _paint_orbits(hu: np.ndarray, p: Points) -> None:
     "Orbits with fat, optic nerve, globe and lens, in place."
     y, z, ax, inside = p.y, p.z, np.abs(p.x), share_inside(p.outer)
@@ -388,7 +388,7 @@ def _paint_orbits(hu: np.ndarray, p: Points) -> None:
     paint(hu, share_inside(globe), HU["eye"])
     paint(hu, share_inside(ellipsoid(ax, y, z, (33, -86, -42), (4.5, 2.2, 4.5))), HU["lens"])
 
-# %% ../nbs/03_head.ipynb #03-080
+# %% ../nbs/03_head.ipynb #03-082
 def _paint_petrous(hu: np.ndarray, p: Points) -> None:
     "Petrous bones with mastoid air cells, clivus, and the foramen magnum with the cord, in place."
     x, y, z, rough, ax, inside = p.x, p.y, p.z, p.rough, np.abs(p.x), share_inside(p.outer)
@@ -403,7 +403,7 @@ def _paint_petrous(hu: np.ndarray, p: Points) -> None:
     paint(hu, share_inside(canal), HU["csf"])
     paint(hu, share_inside(canal + 6, 2), HU["white"] + 3)
 
-# %% ../nbs/03_head.ipynb #03-083
+# %% ../nbs/03_head.ipynb #03-085
 def close_skull(head: Head, p: Points, brain: np.ndarray) -> np.ndarray:  # (h, w) float32, HU; `brain` changes
     "The whole plane: air, scalp, skull, face and neck, and the brain in its cavity."
     brain += head.rim * np.clip(1 + p.cavity * np.float32(1 / 9), 0, 1)

@@ -125,7 +125,7 @@ def _truth_row(uid: str, index: int, series: Series, mask: np.ndarray) -> dict:
     row |= {"tilt_sin": scan.tilt[1], "noise_hu": scan.noise, "motion_mm": float(scan.motion)}
     return row | {"metal_hu": float(scan.metal_hu), "hardening_hu": scan.hardening}
 
-# %% ../nbs/06_phantom.ipynb #06-024
+# %% ../nbs/06_phantom.ipynb #06-025
 def write_study(
     folder: Path,  # the dataset
     seed: int,  # of the dataset
@@ -154,7 +154,7 @@ def write_study(
         rows.append(_truth_row(uid, k, series, mask))
     return rows
 
-# %% ../nbs/06_phantom.ipynb #06-025
+# %% ../nbs/06_phantom.ipynb #06-026
 def write_patient(
     patient: PatientPlan,
     folder: str | Path,  # the dataset; holds stage_1_train_images/ and masks/
@@ -173,7 +173,7 @@ def write_patient(
             truncate_file(folder / "stage_1_train_images" / f"{row['SOPInstanceUID']}.dcm")
     return rows
 
-# %% ../nbs/06_phantom.ipynb #06-028
+# %% ../nbs/06_phantom.ipynb #06-029
 def _run_patients(
     work: Callable[[PatientPlan], list[dict]], patients: list[PatientPlan], workers: int
 ) -> Iterator[list[dict]]:
@@ -187,13 +187,13 @@ def _run_patients(
             done = pool.map(work, patients)
         yield from done
 
-# %% ../nbs/06_phantom.ipynb #06-030
+# %% ../nbs/06_phantom.ipynb #06-031
 def _write_labels(f, rows: list[dict]) -> None:
     "Append label rows in RSNA's long form."
     for row in rows:
         f.writelines(f"{row['SOPInstanceUID']}_{label},{row[label]}\n" for label in LABELS)
 
-# %% ../nbs/06_phantom.ipynb #06-032
+# %% ../nbs/06_phantom.ipynb #06-033
 def _write_tables(folder: Path, patients: Iterable[list[dict]]) -> dict[str, int]:
     "Write the label CSV and truth.parquet, a row group per patient, from each patient's rows; counts."
     import pyarrow as pa
@@ -216,12 +216,12 @@ def _write_tables(folder: Path, patients: Iterable[list[dict]]) -> dict[str, int
         add_checksum(folder / "truth.parquet")
     return counts
 
-# %% ../nbs/06_phantom.ipynb #06-035
+# %% ../nbs/06_phantom.ipynb #06-036
 def is_phantom(data_dir: str | Path) -> bool:  # a dataset's folder
     "Is the dataset synthetic?"
     return bool(data_note(data_dir))
 
-# %% ../nbs/06_phantom.ipynb #06-036
+# %% ../nbs/06_phantom.ipynb #06-037
 def holds_phantom(data_dir: str | Path, about: dict) -> bool:  # as `describe_phantom` gives it
     "Is this very phantom there?"
     if not is_phantom(data_dir):
@@ -229,7 +229,7 @@ def holds_phantom(data_dir: str | Path, about: dict) -> bool:  # as `describe_ph
     made = read_run_file(Path(data_dir) / "phantom.json")
     return {k: made.get(k) for k in about} == about
 
-# %% ../nbs/06_phantom.ipynb #06-038
+# %% ../nbs/06_phantom.ipynb #06-039
 @checked
 def describe_phantom(
     out_dir: str | Path,  # for the messages
@@ -254,7 +254,7 @@ def describe_phantom(
     about = dict(synthetic=True, version=VERSION, seed=seed, n_patients=n_patients, prevalence=prevalence)
     return about | dict(slices_per_series=list(slices), shortcut=shortcut, compress=compress)
 
-# %% ../nbs/06_phantom.ipynb #06-041
+# %% ../nbs/06_phantom.ipynb #06-042
 def _write_phantom(out_dir: Path, part: Path, about: dict, workers: int, progress: bool) -> None:
     "Write the phantom that `about` describes into `part`, and rename it. Raises `InputError` for a full disk."
     from tqdm import tqdm
@@ -276,7 +276,7 @@ def _write_phantom(out_dir: Path, part: Path, about: dict, workers: int, progres
         why = e.strerror or e
         raise InputError(f"{out_dir}: cannot be written ({why}); choose another folder or free some space") from e
 
-# %% ../nbs/06_phantom.ipynb #06-042
+# %% ../nbs/06_phantom.ipynb #06-043
 def _is_made(out_dir: Path, about: dict) -> bool:
     "Is the phantom there? Raises `InputError` where something else is."
     if holds_phantom(out_dir, about):
@@ -312,7 +312,7 @@ def make_phantom(
             shutil.rmtree(part, ignore_errors=True)
     return out_dir
 
-# %% ../nbs/06_phantom.ipynb #06-044
+# %% ../nbs/06_phantom.ipynb #06-045
 def read_mask(
     data_dir: str | Path,  # a phantom
     sop_instance_uid: str,
@@ -328,7 +328,7 @@ def read_mask(
     header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
     return np.zeros((header.Rows, header.Columns), np.uint8)
 
-# %% ../nbs/06_phantom.ipynb #06-047
+# %% ../nbs/06_phantom.ipynb #06-048
 @call_parse
 def ich_phantom(
     out_dir: str,  # folder of the new dataset

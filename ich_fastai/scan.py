@@ -44,7 +44,7 @@ def _rotation(rng: np.random.Generator) -> np.ndarray:
         turns.append(m)
     return turns[0] @ turns[1] @ turns[2]
 
-# %% ../nbs/05_scan.ipynb #05-010
+# %% ../nbs/05_scan.ipynb #05-011
 class Scan(NamedTuple):
     "The geometry and the faults of one series."
 
@@ -65,7 +65,7 @@ class Scan(NamedTuple):
     rails: bool  # is the holder two rails?
     offset: float  # HU, error of the scanner's calibration
 
-# %% ../nbs/05_scan.ipynb #05-011
+# %% ../nbs/05_scan.ipynb #05-012
 def draw_scan(rng: np.random.Generator, n_slices: int) -> Scan:  # of the study
     "A random scan that covers the head from the skull base to the vertex."
     u = rng.uniform
@@ -84,7 +84,7 @@ def draw_scan(rng: np.random.Generator, n_slices: int) -> Scan:  # of the study
     drawn |= dict(metal=(u(-45, 45), u(-50, 50), u(-60, 40)), metal_hu=u(40, 160) * (rng.random() < 0.08))
     return Scan(**drawn, rails=bool(rng.random() < 0.4), offset=u(-3, 3))
 
-# %% ../nbs/05_scan.ipynb #05-014
+# %% ../nbs/05_scan.ipynb #05-015
 def _plane_points(scan: Scan, z: float, offset: float) -> list[np.ndarray]:
     "Head coordinates of the GRID x GRID points of a slice, `offset` mm along its normal; three (GRID, GRID) float32."
     step = np.float32(scan.spacing * 512 / GRID)
@@ -97,18 +97,18 @@ def _plane_points(scan: Scan, z: float, offset: float) -> list[np.ndarray]:
     m = np.array(scan.pose, np.float32)
     return [px * m[k, 0] + (py * m[k, 1] + pz * m[k, 2]) for k in range(3)]
 
-# %% ../nbs/05_scan.ipynb #05-017
+# %% ../nbs/05_scan.ipynb #05-018
 def _average(head: Head, bleeds: Sequence[Bleed], planes: list) -> tuple[np.ndarray, np.ndarray]:
     "HU (GRID, GRID) and shares of blood (5, GRID, GRID), the mean of two planes."
     (hu, shares), (hu2, shares2) = (draw_plane(head, bleeds, *points) for points in planes)
     return (hu + hu2) * np.float32(0.5), (shares + shares2) * np.float32(0.5)
 
-# %% ../nbs/05_scan.ipynb #05-018
+# %% ../nbs/05_scan.ipynb #05-019
 def _thick_planes(scan: Scan, index: int) -> list:
     "The points of two planes, a quarter of the thickness from the middle of slice `index`."
     return [_plane_points(scan, scan.z[index], scan.thickness * part) for part in (-0.25, 0.25)]
 
-# %% ../nbs/05_scan.ipynb #05-021
+# %% ../nbs/05_scan.ipynb #05-022
 def _add_holder(hu: np.ndarray, scan: Scan) -> np.ndarray:
     "`hu` (GRID, GRID), in place, with the head holder: a bowl behind the head or a rail at each side."
     if not scan.holder:
@@ -119,14 +119,14 @@ def _add_holder(hu: np.ndarray, scan: Scan) -> np.ndarray:
     cover = share_inside(np.abs(r - scan.holder) - 1.4, 1.2) * (y > top) * (y < bottom) * (hu < -500)
     return paint(hu, cover, HU["holder"])
 
-# %% ../nbs/05_scan.ipynb #05-023
+# %% ../nbs/05_scan.ipynb #05-024
 def _add_motion(hu: np.ndarray, scan: Scan) -> np.ndarray:
     "`hu` (512, 512) with a shifted ghost, where the head has moved."
     if not scan.motion:
         return hu
     return hu * 0.65 + np.roll(hu, max(1, round(scan.motion / scan.spacing)), 1) * 0.35
 
-# %% ../nbs/05_scan.ipynb #05-024
+# %% ../nbs/05_scan.ipynb #05-025
 def _add_hardening(hu: np.ndarray, scan: Scan, points: list) -> np.ndarray:
     "`hu` (512, 512) with the dark band between the petrous bones."
     x, y, z = points
@@ -134,7 +134,7 @@ def _add_hardening(hu: np.ndarray, scan: Scan, points: list) -> np.ndarray:
     band = band * np.clip((48 - np.abs(x)) * 0.1, 0, 1)
     return hu - double_size(band * np.float32(scan.hardening)) if scan.hardening else hu
 
-# %% ../nbs/05_scan.ipynb #05-026
+# %% ../nbs/05_scan.ipynb #05-028
 def _add_metal(hu: np.ndarray, scan: Scan, rng: np.random.Generator, points: list) -> np.ndarray:
     "`hu` (512, 512) with a piece of metal, where it is near, and the bright and dark streaks around it."
     x, y, z = points
@@ -150,14 +150,14 @@ def _add_metal(hu: np.ndarray, scan: Scan, rng: np.random.Generator, points: lis
     hu = hu + double_size(streaks / (1 + r * np.float32(0.06)))
     return paint(hu, double_size(share_inside(r - 2.5)), np.float32(3000))
 
-# %% ../nbs/05_scan.ipynb #05-027
+# %% ../nbs/05_scan.ipynb #05-029
 def _add_noise(hu: np.ndarray, scan: Scan, rng: np.random.Generator) -> np.ndarray:
     "`hu` (512, 512) with the error of the calibration and noise, less of it in air."
     gain = (1, 2.667, 3.657)[scan.kernel]  # 1 / standard deviation of smoothed noise: (sum of squared weights) ** -1
     noise = smooth_field(rng.standard_normal(hu.shape, dtype=np.float32), scan.kernel) * np.float32(gain * scan.noise)
     return hu + np.float32(scan.offset) + noise * np.where(hu < -300, np.float32(0.6), np.float32(1))
 
-# %% ../nbs/05_scan.ipynb #05-030
+# %% ../nbs/05_scan.ipynb #05-032
 def draw_slice(
     head: Head,
     bleeds: Sequence[Bleed],
@@ -175,7 +175,7 @@ def draw_slice(
     hu = _add_metal(_add_hardening(hu, scan, planes[0]), scan, rng, planes[0])
     return _add_noise(hu, scan, rng), mask
 
-# %% ../nbs/05_scan.ipynb #05-033
+# %% ../nbs/05_scan.ipynb #05-035
 class Encoding(NamedTuple):
     "How a group of files stores HU."
 
@@ -186,12 +186,12 @@ class Encoding(NamedTuple):
 
 ENCODINGS = {"12u": Encoding(12, 0, -1024), "12s": Encoding(12, 1, 0), "16s": Encoding(16, 1, -1024)}
 
-# %% ../nbs/05_scan.ipynb #05-036
+# %% ../nbs/05_scan.ipynb #05-038
 TRAPS: tuple[str, ...] = ("wrapped_intercept", "string_intercept", "multi_window", "padding", "odd_size")
 TRAPS += ("duplicate_position", "missing_position")  # all of them of whole series
 FILE_TRAPS = ("truncated", "duplicate_labels")  # of single slices
 
-# %% ../nbs/05_scan.ipynb #05-037
+# %% ../nbs/05_scan.ipynb #05-039
 class Series(NamedTuple):
     "What the files of one series share."
 
@@ -202,13 +202,13 @@ class Series(NamedTuple):
     implicit: bool = False  # implicit VR?
     compress: str = ""  # a key of COMPRESSIONS, "" for plain pixels
 
-# %% ../nbs/05_scan.ipynb #05-039
+# %% ../nbs/05_scan.ipynb #05-042
 def _outside(shape: tuple) -> np.ndarray:  # (H, W) bool
     "The pixels outside the circle that the scanner reconstructs."
     y, x = (np.arange(n) * 2 - (n - 1) for n in shape)
     return x[None, :] ** 2 + y[:, None] ** 2 > min(shape) ** 2
 
-# %% ../nbs/05_scan.ipynb #05-040
+# %% ../nbs/05_scan.ipynb #05-043
 def _stored_pixels(hu: np.ndarray, series: Series) -> tuple[np.ndarray, int]:
     "Stored values (H, W) of 16 bits and the intercept, as this series keeps them."
     _, signed, intercept = ENCODINGS[series.encoding]
@@ -220,14 +220,14 @@ def _stored_pixels(hu: np.ndarray, series: Series) -> tuple[np.ndarray, int]:
         stored[_outside(stored.shape)] = -2000
     return stored.astype(np.int16 if signed else np.uint16), intercept
 
-# %% ../nbs/05_scan.ipynb #05-042
+# %% ../nbs/05_scan.ipynb #05-045
 def resize_odd(image: np.ndarray, fill) -> np.ndarray:  # (512, 512) to (640, 540): rows, columns
     "The image in a frame of another size, as the trap `odd_size` has it."
     out = np.full((640, 540), fill, image.dtype)
     out[64:576, 14:526] = image
     return out
 
-# %% ../nbs/05_scan.ipynb #05-045
+# %% ../nbs/05_scan.ipynb #05-048
 def _make_dataset(uid: str, stored: np.ndarray, intercept: int, series: Series, index: int) -> Dataset:
     "The pydicom Dataset of slice `index`."
     bits, signed, _ = ENCODINGS[series.encoding]
@@ -248,11 +248,11 @@ def _make_dataset(uid: str, stored: np.ndarray, intercept: int, series: Series, 
     ds.add_new("PixelData", "OW", stored.astype(stored.dtype.newbyteorder("<")).tobytes())
     return ds
 
-# %% ../nbs/05_scan.ipynb #05-048
+# %% ../nbs/05_scan.ipynb #05-051
 COMPRESSIONS = {"rle": "RLELossless", "jpeg": "JPEGLosslessProcess14_1"}  # names of gdcm.TransferSyntax
 COMPRESSIONS |= {"jpegls": "JPEGLSLossless", "jpeg2000": "JPEG2000Lossless"}
 
-# %% ../nbs/05_scan.ipynb #05-049
+# %% ../nbs/05_scan.ipynb #05-052
 def compress_file(path: Path, compress: str) -> None:  # a DICOM file, explicit VR; a key of COMPRESSIONS
     "Compress the file's pixels in place; its other tags stay as they are."
     import gdcm
@@ -275,7 +275,7 @@ def compress_file(path: Path, compress: str) -> None:  # a DICOM file, explicit 
     ds["PixelData"], ds.file_meta.TransferSyntaxUID = pixels["PixelData"], pixels.file_meta.TransferSyntaxUID
     pydicom.dcmwrite(path, ds)
 
-# %% ../nbs/05_scan.ipynb #05-050
+# %% ../nbs/05_scan.ipynb #05-053
 def write_slice(
     path: Path,  # named by the SOPInstanceUID, ID_<hexadecimal digits>.dcm
     hu: np.ndarray,  # (H, W) float32, HU
@@ -299,7 +299,7 @@ def write_slice(
         if series.compress:
             compress_file(path, series.compress)
 
-# %% ../nbs/05_scan.ipynb #05-055
+# %% ../nbs/05_scan.ipynb #05-058
 def truncate_file(path: Path) -> None:
     "Cut the file's pixel data to 153,710 bytes; compressed data by the same share."
     size = path.stat().st_size

@@ -56,7 +56,7 @@ def square_field(
     "The side of a slice's field of view."
     return shape[0] * pixel_mm if len(shape) == 2 and shape[0] == shape[1] else math.nan
 
-# %% ../nbs/27_volumes.ipynb #27-011
+# %% ../nbs/27_volumes.ipynb #27-012
 MAX_VOXELS = 2**30  # of a volume: 4,096 slices of 512 px
 
 
@@ -87,13 +87,13 @@ def read_nifti(path: Path) -> Volume:  # .nii or .nii.gz
         why = " ".join(str(e).split())[:200] or type(e).__name__
         raise DicomError(f"{path.name}: cannot be read as NIfTI: {why}") from e
 
-# %% ../nbs/27_volumes.ipynb #27-013
+# %% ../nbs/27_volumes.ipynb #27-014
 def find_volumes(folder: Path) -> dict[str, list[Path]]:
     "The NIfTI files of a folder by name."
     paths = sorted([*folder.glob("*.nii"), *folder.glob("*.nii.gz")])
     return {path.name.split(".nii")[0]: [path] for path in paths}
 
-# %% ../nbs/27_volumes.ipynb #27-016
+# %% ../nbs/27_volumes.ipynb #27-017
 SKULL_MM = 180.0  # length of an adult's skull, roughly
 
 
