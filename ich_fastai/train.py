@@ -57,15 +57,7 @@ def _train(learner: Learner, settings: Settings) -> None:
         raise InputError(f"out of memory on {device} with {sizes}: lower one of them") from e
 
 # %% ../nbs/12_train.ipynb #12-008
-CODE = (
-    "cache",
-    "cohort",
-    "batches",
-    "network",
-    "model",
-    "learner",
-    "train",
-)  # modules that decide what a training gives
+CODE = ("cache", "cohort", "batches", "network", "model", "learner", "train")  # decide what a training gives
 
 
 def fingerprint(

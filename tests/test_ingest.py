@@ -542,6 +542,23 @@ def bad_files():
     }
 
 
+def write_odd_entries(folder):
+    "Entries that are no plain file of readable size. Name: the start of the reason."
+    (folder / "a folder.dcm").mkdir()
+    (folder / "loop.dcm").symlink_to(folder / "loop.dcm")
+    (folder / "dangling.dcm").symlink_to(folder / "nothing")
+    os.mkfifo(folder / "pipe.dcm")
+    with open(folder / "huge.dcm", "wb") as f:
+        f.truncate(10 << 30)  # sparse
+    reasons = {"a folder": "not a file", "pipe": "not a file", "huge": "file too large"}
+    reasons |= {"loop": "cannot be read: Too many", "dangling": "cannot be read: No such"}
+    if os.geteuid() != 0:
+        (folder / "secret.dcm").write_bytes(make_file())
+        (folder / "secret.dcm").chmod(0)
+        reasons["secret"] = "cannot be read: Permission"
+    return reasons
+
+
 def test_forty_kinds_of_bad_input(tmp_path):
     import psutil
 
@@ -549,23 +566,7 @@ def test_forty_kinds_of_bad_input(tmp_path):
     folder.mkdir()
     for name, (data, _) in bad.items():
         (folder / f"{name}.dcm").write_bytes(data)
-    (folder / "a folder.dcm").mkdir()
-    (folder / "loop.dcm").symlink_to(folder / "loop.dcm")
-    (folder / "dangling.dcm").symlink_to(folder / "nothing")
-    os.mkfifo(folder / "pipe.dcm")
-    with open(folder / "huge.dcm", "wb") as f:
-        f.truncate(10 << 30)  # sparse
-    others = {
-        "a folder": "not a file",
-        "loop": "cannot be read: Too many",
-        "dangling": "cannot be read: No such",
-        "pipe": "not a file",
-    }
-    others["huge"] = "file too large"
-    if os.geteuid() != 0:
-        (folder / "secret.dcm").write_bytes(make_file())
-        (folder / "secret.dcm").chmod(0)
-        others["secret"] = "cannot be read: Permission"
+    others = write_odd_entries(folder)
     good = {
         name: data.replace(b"1.2.3\0\x08\0", b"9.%03d\0\x08\0" % i)
         for i, (name, data) in enumerate(plain_variants().items())
@@ -579,7 +580,7 @@ def test_forty_kinds_of_bad_input(tmp_path):
     slices = ingest(folder, tmp_path / "cache", SIZE, max_error_share=1).set_index("file")["error"]
     assert psutil.Process().memory_info().rss < before + (1 << 30)
     assert len(slices) == len(list(folder.iterdir()))
-    for name, reason in {**{n: r for n, (_, r) in bad.items()}, **others}.items():
+    for name, reason in ({name: reason for name, (_, reason) in bad.items()} | others).items():
         assert pd.notna(slices[f"{name}.dcm"]), name
         assert reason is None or slices[f"{name}.dcm"].startswith(reason), (name, slices[f"{name}.dcm"])
     assert slices["twice.dcm"] == r"duplicate: same SOPInstanceUID as not utf-8 \xff.dcm"
