@@ -236,7 +236,7 @@ def plot_histogram(
     fig, ax = plt.subplots(figsize=(6, 3))
     for name, color in {"training": "#999999", "here": COLORS[4]}.items():
         ax.stairs(shown[name] / (shown["to_hu"] - shown["from_hu"]), edges, color=color, lw=1.8, label=name)
-    ax.set(xlabel="HU", ylabel="share of pixels per HU", title="Pixels in -20 to 300 HU", xlim=(-20, 150))
+    ax.set(xlabel="HU", ylabel="share of pixels per HU", title="Between air and dense bone", xlim=(-20, 150))
     ax.legend()
     return fig
 
