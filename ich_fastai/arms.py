@@ -34,21 +34,23 @@ class Training(NamedTuple):
     folder: Path  # arms/<arm>/seed-<seed> of the run
     settings: Settings
 
-# %% ../nbs/16_arms.ipynb #16-009
+# %% ../nbs/16_arms.ipynb #16-n00
 def plan_arms(
     run_dir: str | Path,  # with model/model.json
     arms: Sequence[str],  # balance+class_weights
     seeds: int = 3,  # of each arm: the main model's and those after it
     epochs: int = 0,  # of each training; 0 for the main model's
     epoch_size: int = 0,  # slices an epoch; 0 for the main model's
+    image_size: int = 0,  # px; 0 for the main model's
 ) -> list[Training]:
     "The trainings of the comparison, arm by arm. Raises `InputError` for a wrong arm, or where there is nothing to do."
-    check_ranges(arms=arms, seeds=seeds, arm_epochs=epochs, arm_epoch_size=epoch_size)
+    sizes = {"epochs": epochs, "epoch_size": epoch_size, "image_size": image_size}
+    check_ranges(arms=arms, seeds=seeds, **{f"arm_{name}": size for name, size in sizes.items()})
     try:
         main = Settings(**read_stage(run_dir, "model/model.json")["settings"])
     except (KeyError, TypeError) as e:
         raise InputError(f"{run_dir}/model/model.json: of another version; run notebook 12 again") from e
-    base = replace(main, epochs=epochs or main.epochs, epoch_size=epoch_size or main.epoch_size, networks=1)
+    base = replace(main, **{name: size for name, size in sizes.items() if size}, networks=1)
     each = {arm: base.with_arm(arm) for arm in arms}  # a wrong one is known before the first is trained
     home, numbers = Path(run_dir) / "arms", range(main.seed, main.seed + seeds)
     return [
@@ -87,7 +89,7 @@ def remove_stale(
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return [str(path.relative_to(home)) for path in stale]
 
-# %% ../nbs/16_arms.ipynb #16-017
+# %% ../nbs/16_arms.ipynb #16-n02
 def train_arms(
     run_dir: str | Path,  # with cohort.parquet, cache/ and model/
     arms: Sequence[str],  # balance+class_weights
@@ -95,12 +97,13 @@ def train_arms(
     seeds: int = 3,  # of each arm
     epochs: int = 0,  # of each training; 0 for the main model's
     epoch_size: int = 0,  # slices an epoch; 0 for the main model's
+    image_size: int = 0,  # px; 0 for the main model's
     workers: int = 0,  # processes on a CPU; 0 for as many as the cores and the slices allow
     progress: bool = False,  # show a bar
 ) -> dict[str, int]:  # arm/seed: 1 where it was trained now, 0 where it was there
     "Train what is not there yet into arms/, remove what is stale. Killed, the same call goes on."
     check_ranges(workers=workers)
-    trainings = plan_arms(run_dir, arms, seeds, epochs, epoch_size)
+    trainings = plan_arms(run_dir, arms, seeds, epochs, epoch_size, image_size)
     cohort, cache_size = read_stage(run_dir, "cohort.parquet"), read_size(stage_file(run_dir, "cache"))
     fold = read_stage(run_dir, "model/model.json")["training"]["folds"][0]["fold"]
     if find_place().rank == 0:
