@@ -11,7 +11,7 @@ from ich_fastai.arms import read_arms
 from ich_fastai.calibrate import correct_for_sampling, score_levels
 from ich_fastai.core import InputError
 from ich_fastai.evaluate import level_metrics
-from ich_fastai.imbalance import ALONE, compare, compare_arms, table_2, widen
+from ich_fastai.imbalance import ONE_SEED, compare, compare_arms, table_2, widen
 from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.metrics import draw_patients, find_estimate, rank_metrics, say_difference, weighted_log_loss
 from ich_fastai.tiny import simulate_scores
@@ -161,7 +161,7 @@ def test_one_seed_is_measured_as_notebook_22_measures_it(tmp_path):
     assert both[["value_x", "low_x", "high_x"]].to_numpy() == pytest.approx(
         both[["value_y", "low_y", "high_y"]].to_numpy(), abs=1e-12
     )
-    assert table["note"].str.startswith(ALONE).all()
+    assert table["note"].str.startswith(ONE_SEED).all()
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_one_seed_is_measured_as_notebook_22_measures_it(tmp_path):
     [
         (ARMS[:1], {}, "undersample+inverse: corrected minus raw"),
         (ARMS, {"seeds": 1}, "(one seed an arm: no interval)"),
-        (ARMS, {"seeds": 1}, ALONE),
+        (ARMS, {"seeds": 1}, ONE_SEED),
         (("none+none",), {}, "none: one arm was run, without undersampling"),
         (ARMS[:2], {}, "undersample+inverse minus none+inverse, corrected"),
         (ARMS, {"prevalence": False}, "no interval: undefined: no positive"),
@@ -205,7 +205,11 @@ def test_what_cannot_be_computed_says_why(tmp_path, arms, options, says):
 def test_the_short_table_has_a_row_per_arm_and_says_its_numbers(tmp_path):
     write_run(tmp_path, luck=0.3)
     compare(tmp_path, n_boot=20)
-    short = pd.read_csv(tmp_path / "tables" / "imbalance.csv", dtype=str)
+    constant, *short = pd.read_csv(tmp_path / "tables" / "imbalance.csv", dtype=str).to_dict("records")
+    y = next(read_arms(tmp_path))[-1][list(LABELS)].to_numpy()
+    loss = weighted_log_loss(y, np.broadcast_to(y.mean(0), y.shape))
+    assert constant["arm"].startswith("a constant") and constant["weighted log loss"] == f"{loss:.3f}"
+    short = pd.DataFrame(short)
     twice = {f"undersample+{weights}, {kind}" for weights in ("none", "inverse") for kind in ("raw", "corrected")}
     assert set(short["arm"]) == {"none+none", "none+inverse"} | twice
     numbers = short.drop(columns=["arm", "seeds", "slices", "patients", "prevalence", "note"]).stack()

@@ -228,10 +228,8 @@ def short_run(cohort, tmp_path):
     return run_dir, lambda *arms, **options: train_arms(run_dir, arms, **{"seeds": 2, "epoch_size": 8} | options)
 
 
-def test_arms_are_trained_with_their_seeds_and_stale_ones_removed(short_run):
+def test_arms_are_trained_with_their_seeds(short_run):
     run_dir, train_them = short_run
-    (run_dir / "arms" / "undersample+inverse" / "model").mkdir(parents=True)  # of version 0.1
-    (run_dir / "arms" / "none+inverse" / "seed-42").mkdir(parents=True)
     assert set(train_them("undersample+inverse", "none+competition").values()) == {1}
     assert sorted(str(p.relative_to(run_dir / "arms")) for p in (run_dir / "arms").glob("*/*")) == [
         f"{arm}/seed-{k}" for arm in ("none+competition", "undersample+inverse") for k in (42, 43)
@@ -240,8 +238,17 @@ def test_arms_are_trained_with_their_seeds_and_stale_ones_removed(short_run):
         card = read_stage(run_dir / "arms" / arm / f"seed-{seed}", "model/model.json")
         assert Settings(**card["settings"]) == replace(QUICK, epoch_size=8, seed=seed).with_arm(arm)
         assert set(predictions["fold"]) == {0}, "the main model's first fold"
-    train_them("none+competition", seeds=1)
-    assert [p.name for p in (run_dir / "arms").glob("*/*")] == ["seed-42"]
+
+
+def test_what_is_no_longer_asked_for_is_kept_and_not_read(short_run):
+    run_dir, train_them = short_run
+    (run_dir / "arms" / "undersample+inverse" / "model").mkdir(parents=True)  # of version 0.1
+    (run_dir / "arms" / "none+inverse" / "seed-42").mkdir(parents=True)  # not finished
+    train_them("none+none", "none+competition")
+    before = arm_times(run_dir)
+    done = train_them("none+competition", seeds=1)
+    assert done == {"none+competition/seed-42": 0} and arm_times(run_dir) == before
+    assert [(arm, seed) for arm, seed, _ in read_arms(run_dir, done)] == [("none+competition", 42)]
 
 
 def test_a_run_killed_in_an_arm_keeps_the_finished_ones(short_run, monkeypatch):
