@@ -32,20 +32,20 @@ def read_published(
     table = pd.read_csv(project_dir() / "data" / "published.csv", comment="#").astype({"n": "Int64"})
     return table[table["dataset"].eq(dataset)].reset_index(drop=True) if dataset else table
 
-# %% ../nbs/28_transfer.ipynb #28-012
+# %% ../nbs/28_transfer.ipynb #28-n03
 def level_of(
     labels: pd.DataFrame,  # those of LABELS that exist, 0 or 1; a row per study or slice
     p: pd.DataFrame,  # probabilities of the same labels and rows
     patients: np.ndarray,  # (n,) ids
-) -> tuple[Level, list[str]]:  # and the labels that mean something
+) -> Level:
     "What is known of a system that gave probabilities and nothing else."
-    y, known = fill_labels(labels), known_labels(labels)
     q: np.ndarray = p.reindex(columns=[*LABELS], fill_value=0.5).to_numpy(np.float64)
     x = logit(np.clip(q, np.finfo(float).eps, 1 - np.finfo(float).eps))
-    nothing, both = np.full(q.shape, np.nan), np.ones(q.shape, bool)
-    return Level(y, np.asarray(patients), x, np.zeros(len(q), int), q, q, q, nothing, both, both), known
+    decisions = np.full(q.shape, np.nan), np.ones(q.shape, bool), np.ones(q.shape, bool)
+    known, fold = tuple(known_labels(labels)), np.zeros(len(q), int)
+    return Level(fill_labels(labels), np.asarray(patients), x, fold, q, q, q, *decisions, known)
 
-# %% ../nbs/28_transfer.ipynb #28-016
+# %% ../nbs/28_transfer.ipynb #28-n06
 DELIVERED, REFIT = "as delivered", "recalibrated here"
 
 
@@ -56,22 +56,20 @@ def judge(
     threshold: np.ndarray,  # (6,) that it delivers; nan where it has none
     patients: np.ndarray,  # (n,) ids
     **options,  # of `fit_decisions`: level, sensitivity
-) -> tuple[dict[str, Level], list[str]]:  # DELIVERED and REFIT; the labels that mean something
+) -> dict[str, Level]:  # DELIVERED and REFIT
     "A model's answers as it delivers them, and recalibrated on other patients of the same hospital."
-    y, known = fill_labels(labels), known_labels(labels)
-    patients, both = np.asarray(patients), np.ones(y.shape, bool)
+    y, known, patients = fill_labels(labels), tuple(known_labels(labels)), np.asarray(patients)
     fold: np.ndarray = np.zeros(len(y), int)
-    raw = expit(x)
+    raw, both = expit(x), np.ones(y.shape, bool)
     cut = np.broadcast_to(np.asarray(threshold, float), y.shape)
-    delivered = Level(y, patients, x, fold, raw, raw, p, cut, both, both)
-    refit = Level(y, patients, x, fold, raw, raw, *cross_fit(y, x, patients, fold, **options))
+    delivered = Level(y, patients, x, fold, raw, raw, p, cut, both, both, known)
+    refit = Level(y, patients, x, fold, raw, raw, *cross_fit(y, x, patients, fold, **options), known)
     refit.calibrated[:, y.min(axis=0) == y.max(axis=0)] = np.nan  # of one class there is nothing to fit
-    return {DELIVERED: delivered, REFIT: refit}, known
+    return {DELIVERED: delivered, REFIT: refit}
 
-# %% ../nbs/28_transfer.ipynb #28-019
+# %% ../nbs/28_transfer.ipynb #28-n08
 def transfer_metrics(
     levels: dict[str, Level],  # of `judge`, or a system's name and its `level_of`
-    known: list[str],  # the labels that mean something
     *,
     n_boot: int = 1000,
     seed: int = 42,
@@ -80,8 +78,7 @@ def transfer_metrics(
     rows = []
     for name, d in levels.items():
         patient, draws = draw_patients(d.patients, n_boot, seed)
-        for label in known:
-            k = LABELS.index(label)
+        for k, label in d.columns:
             y, p = d.y[:, k], d.calibrated[:, k]
             if np.isnan(p).all():  # nothing was fitted
                 continue
@@ -92,7 +89,7 @@ def transfer_metrics(
             rows += [{"probabilities": name} | row for row in found]
     return pd.DataFrame(rows)
 
-# %% ../nbs/28_transfer.ipynb #28-021
+# %% ../nbs/28_transfer.ipynb #28-n10
 def score_probabilities(
     labels: pd.DataFrame,  # a row per study: those of LABELS that exist, PatientID
     p: pd.DataFrame,  # a row per study, likewise
@@ -101,8 +98,8 @@ def score_probabilities(
 ) -> pd.DataFrame:  # of `transfer_metrics`
     "Metrics of a system of which there are only probabilities, on the studies that have both."
     both = labels[labels.index.isin(p.dropna().index)]
-    level, known = level_of(both, p.loc[both.index], both["PatientID"].to_numpy())
-    return transfer_metrics({name: level}, known, **boot)
+    level = level_of(both, p.loc[both.index], both["PatientID"].to_numpy())
+    return transfer_metrics({name: level}, **boot)
 
 # %% ../nbs/28_transfer.ipynb #28-026
 def calibration_table(
@@ -125,26 +122,26 @@ def calibration_table(
             rows.append({"label": label, "probabilities": name} | counts | found | maps)
     return pd.DataFrame(rows)
 
-# %% ../nbs/28_transfer.ipynb #28-028
+# %% ../nbs/28_transfer.ipynb #28-n13
 def plot_transfer(
     levels: dict[str, Level],  # of `judge`
-    known: list[str],  # the labels that mean something
     note: str = "",  # for the title, say "synthetic data"
     **boot,  # n_boot, seed
 ):  # matplotlib Figure
     "Reliability of each label that exists: as delivered, and recalibrated on other patients of this hospital."
     import matplotlib.pyplot as plt
 
-    table = reliability_table(levels, **boot).query("probabilities == 'calibrated'")
-    fig, axes = plt.subplots(1, len(known), figsize=(max(4, 2.6 * len(known)), 3.2), squeeze=False)
-    for label, ax in zip(known, axes.flat, strict=True):
+    table, known = reliability_table(levels, **boot).query("probabilities == 'calibrated'"), levels[DELIVERED].known
+    n_rows, n_columns = -(-len(known) // 3), min(3, len(known))
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=(max(4, 2.6 * n_columns), 0.6 + 2.6 * n_rows), squeeze=False)
+    for ax in axes.flat[len(known) :]:
+        ax.axis("off")
+    for label, ax in zip(known, axes.flat, strict=False):
         ax.plot([0, 1], [0, 1], color="black", lw=0.8, ls=":")
         for color, name in zip((COLORS[0], COLORS[4]), levels, strict=False):
             r = table[table["label"].eq(label) & table["level"].eq(name)]
-            ends = [
-                (r["observed"] - r["low"]).clip(lower=0).fillna(0),
-                (r["high"] - r["observed"]).clip(lower=0).fillna(0),
-            ]
+            ends = [r["observed"] - r["low"], r["high"] - r["observed"]]
+            ends = [end.astype(float).clip(lower=0).fillna(0) for end in ends]
             ax.errorbar(r["predicted"], r["observed"], ends, color=color, lw=1.2, marker="o", ms=3, label=name)
         ax.set(title=label, xlim=(0, 1), ylim=(0, 1), xlabel="predicted probability")
     axes[0, 0].set_ylabel("observed share")
@@ -152,10 +149,9 @@ def plot_transfer(
     fig.suptitle(f"Reliability, 95% intervals by patient{note and ', ' + note}")
     return fig
 
-# %% ../nbs/28_transfer.ipynb #28-031
+# %% ../nbs/28_transfer.ipynb #28-n15
 def transfer_thresholds(
     levels: dict[str, Level],  # of `judge`
-    known: list[str],  # the labels that mean something
     sensitivity: float,  # that was wanted
     **boot,  # n_boot, seed
 ) -> pd.DataFrame:  # probabilities, and the other columns of `threshold_table`
@@ -163,7 +159,7 @@ def transfer_thresholds(
     table = threshold_table(levels, sensitivity, **boot).rename(columns={"level": "probabilities"})
     refit = zip(LABELS, np.isfinite(levels[REFIT].calibrated).any(axis=0), strict=True)
     kept = table["probabilities"].ne(REFIT) | table["label"].isin([label for label, fitted in refit if fitted])
-    return table[table["label"].isin(known) & kept].reset_index(drop=True)
+    return table[kept].reset_index(drop=True)
 
 # %% ../nbs/28_transfer.ipynb #28-034
 THICKNESS = ([0, 1.5, 3.5, 6, np.inf], ["up to 1.5 mm", "1.5 to 3.5 mm", "3.5 to 6 mm", "over 6 mm"])
@@ -275,22 +271,26 @@ def compare_published(
     order = both["label"].map({label: k for k, label in enumerate(("any", *LABELS[:-1]))})
     return both.assign(order=order).sort_values("order", kind="stable").drop(columns="order").reset_index(drop=True)
 
-# %% ../nbs/28_transfer.ipynb #28-050
+# %% ../nbs/28_transfer.ipynb #28-n21
 class Judged(NamedTuple):
     "A level of a dataset, judged."
 
     levels: dict[str, Level]  # as delivered, and recalibrated
-    known: list[str]  # the labels that exist
     rows: pd.DataFrame  # a row per slice or study: study, z_mm where it is a slice; index: its name
 
-# %% ../nbs/28_transfer.ipynb #28-053
+    @property
+    def known(self) -> tuple[str, ...]:
+        "The labels that exist."
+        return self.levels[DELIVERED].known
+
+# %% ../nbs/28_transfer.ipynb #28-n25
 def position_table(
     judged: Judged,  # of slices
     *,
     n_boot: int = 1000,
     seed: int = 42,
 ) -> pd.DataFrame:  # score, pairs, value, low, high, note, n, n_positive, n_patients
-    "AUC of `any` over all pairs of slices and those at one position, for the model and position; needs its labels."
+    "AUC of `any` over all pairs of slices and those at the same position, for the model and for position alone."
     if "any" not in judged.known:
         return pd.DataFrame()
     d, rows = judged.levels[DELIVERED], judged.rows
@@ -298,32 +298,29 @@ def position_table(
     height = ((order + 0.5) / rows.groupby("study")["study"].transform("size")).to_numpy()
     (patient, draws), y = draw_patients(d.patients, n_boot, seed), d.y[:, -1]
     counts, table = {"n": len(y), "n_positive": int(y.sum()), "n_patients": draws.shape[1]}, []
-    scores = {"this model": d.x[:, -1], "closeness to the middle": -abs(height - 0.5)}
+    scores = {"this model": d.x[:, -1], "position": -abs(height - 0.5)}
     for pairs, bins in (("all", 1), ("same position", 10)):
         aucs = {name: auc_at_same_position(y, s, height, patient, draws, bins) for name, s in scores.items()}
-        aucs["difference"] = aucs["this model"] - aucs["closeness to the middle"]
+        aucs["difference"] = aucs["this model"] - aucs["position"]
         for name, auc in aucs.items():
-            found = find_estimate(
-                auc, "undefined: no pair of a positive and a negative", "one patient" * (len(draws) < 2)
-            )
+            alone = "one patient: no interval" * (len(draws) < 2)
+            found = find_estimate(auc, "undefined: no pair of a positive and a negative", alone)
             table.append({"score": name, "pairs": pairs} | found._asdict() | counts)
     return pd.DataFrame(table).rename(columns={"why": "note"})
 
-# %% ../nbs/28_transfer.ipynb #28-056
+# %% ../nbs/28_transfer.ipynb #28-n28
 def find_mistakes(
     judged: Judged,
-    n: int = 3,  # of each kind
-) -> pd.DataFrame:  # kind, name (of the slice or study), study, p, called
-    "The largest probabilities of `any` among those without, the smallest among those with; none without its labels."
+) -> pd.DataFrame:  # kind, name (of the slice or study), study, p, threshold; three of each kind
+    "The wrong calls of `any` whose probability is farthest off; none without its labels or a threshold."
     d, rows, known = judged.levels[DELIVERED], judged.rows, "any" in judged.known
     table = pd.DataFrame({"name": rows.index, "study": rows["study"].to_numpy(), "patient": d.patients})
-    table["p"], y, cut = d.calibrated[:, -1], d.y[:, -1], d.threshold[:, -1]
-    table["called"] = np.where(np.isnan(cut), "no threshold", np.where(table["p"] >= cut, "present", "not"))
-    found = []
-    for kind, of, up in (("false alarm", y == 0, False), ("missed", y == 1, True)):
-        worst = table[of & known].sort_values(["p", "name"], ascending=[up, True]).drop_duplicates("patient").head(n)
-        found.append(worst.assign(kind=kind))
-    return pd.concat(found, ignore_index=True)[["kind", "name", "study", "p", "called"]]
+    y, p, cut, found = d.y[:, -1], d.calibrated[:, -1], d.threshold[:, -1], []
+    table = table.assign(p=p, threshold=cut)
+    for kind, wrong, up in (("false alarm", (y == 0) & (p >= cut), False), ("missed", (y == 1) & (p < cut), True)):
+        worst = table[wrong & known].sort_values(["p", "name"], ascending=[up, True]).drop_duplicates("patient")
+        found.append(worst.head(3).assign(kind=kind))
+    return pd.concat(found, ignore_index=True)[["kind", "name", "study", "p", "threshold"]]
 
 # %% ../nbs/28_transfer.ipynb #28-059
 def headline(

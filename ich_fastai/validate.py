@@ -172,7 +172,7 @@ def judge_answers(
             raise InputError(f"{dataset.facts.name}: no {level} has both an answer and a label; see tables/reasons.csv")
         cut = pd.DataFrame(card["thresholds"].get(level), ["threshold"], list(LABELS)).to_numpy(np.float64)[0]
         how = {"level": level, "sensitivity": wanted, "seed": seed}
-        found[level] = Judged(*judge(y[names], x, p, cut, y["PatientID"].to_numpy(), **how), rows)
+        found[level] = Judged(judge(y[names], x, p, cut, y["PatientID"].to_numpy(), **how), rows)
     return found
 
 # %% ../nbs/39_validate.ipynb #39-024
@@ -217,10 +217,10 @@ def make_tables(
     parts: dict[str, list] = {name: [] for name in ("metrics", "calibration", "thresholds", "subgroups", "published")}
     wanted = card["thresholds"].get("wanted_sensitivity", 0.9)
     for level, j in judged.items():
-        metrics = transfer_metrics(j.levels, j.known, **boot)
+        metrics = transfer_metrics(j.levels, **boot)
         groups = group_answers(describe_rows(j.rows, dataset, series))
         tables = [metrics, calibration_table(j.levels, metrics, level)]
-        tables += [transfer_thresholds(j.levels, j.known, wanted, **boot)]
+        tables += [transfer_thresholds(j.levels, wanted, **boot)]
         tables += [subgroup_table(j.levels[DELIVERED], groups, **boot) if "any" in j.known else pd.DataFrame()]
         for name, table in zip(parts, tables, strict=False):
             table.insert(0, "level", level)
@@ -357,7 +357,7 @@ def validate(
         tables |= look_closer(judged, dataset, answers, model, out / "pages", **boot)
         save_all(out, tables, note)
         set_style()
-        plots = {f"reliability-{k}.svg": plot_transfer(j.levels, j.known, f"by {k}", **boot) for k, j in judged.items()}
+        plots = {f"reliability-{k}.svg": plot_transfer(j.levels, f"by {k}", **boot) for k, j in judged.items()}
         plots |= {"histogram.svg": plot_histogram(tables["histogram"])}
         save_captioned({name: (figure, note) for name, figure in plots.items()}, out)
         write_index(out, f"A model on {dataset.facts.name}", say_dataset(dataset, judged, answers), tables, [*plots])
