@@ -39,7 +39,7 @@ def named_windows(
     check_ranges(windows=names)
     return {name: (float(WINDOWS[name].center), float(WINDOWS[name].width)) for name in names}
 
-# %% ../nbs/10_batches.ipynb #10-009
+# %% ../nbs/10_batches.ipynb #10-n00
 @dataclass(frozen=True)
 class Settings:
     "What one training is. Raises `InputError` for a value out of its range, as RANGES of 00c_guard has it."
@@ -59,6 +59,7 @@ class Settings:
     class_weights: str = "inverse"  # of the loss terms; or "none", "competition"
     seed: int = 42  # of order, augmentation and initial weights
     networks: int = 1  # trained alike but for the seed: this one and those after it; their mean is the model
+    views: int = 1  # placements of a slice whose mean is its logit, when predicting, 1 to 4
     ema: float = 0.0  # decay of the running average of the weights, which is kept; 0: none
 
     def __post_init__(self):
@@ -150,20 +151,21 @@ def affine_maps(
     rows = [torch.stack([cos * flip, -sin, shift[:, 0]], 1), torch.stack([sin * flip, cos, shift[:, 1]], 1)]
     return torch.stack(rows, 1)
 
-# %% ../nbs/10_batches.ipynb #10-021
+# %% ../nbs/10_batches.ipynb #10-n01
 AIR = -1000.0  # HU
 
 
 def move_slices(
     hu: torch.Tensor,  # (n, c, H, W) HU
     maps: torch.Tensor,  # (n, 2, 3) of `affine_maps`
+    outside: float = AIR,  # what comes in from outside, HU
 ) -> torch.Tensor:  # (n, c, H, W) float32 HU
-    "The slices moved, all channels of one alike; air comes in from outside."
+    "The slices moved, all channels of one alike."
     # torch's affine_grid takes five times as long on the CPU
     x, y = ((2 * torch.arange(k, device=hu.device) + 1) / k - 1 for k in hu.shape[:1:-1])
     along_y = maps[:, :, 1, None] * y + maps[:, :, 2, None]
     grid = (maps[:, :, 0, None, None] * x + along_y[..., None]).permute(0, 2, 3, 1).to(torch.float32)
-    return F.grid_sample(torch.sub(hu, AIR), grid, align_corners=False).add_(AIR)
+    return F.grid_sample(torch.sub(hu, outside), grid, align_corners=False).add_(outside)
 
 # %% ../nbs/10_batches.ipynb #10-024
 @lru_cache(maxsize=2)
