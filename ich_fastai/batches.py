@@ -59,7 +59,6 @@ class Settings:
     class_weights: str = "inverse"  # of the loss terms; or "none", "competition"
     seed: int = 42  # of order, augmentation and initial weights
     networks: int = 1  # trained alike but for the seed: this one and those after it; their mean is the model
-    views: int = 1  # placements of a slice whose mean is its logit, when predicting, 1 to 4
     ema: float = 0.0  # decay of the running average of the weights, which is kept; 0: none
 
     def __post_init__(self):
@@ -158,14 +157,13 @@ AIR = -1000.0  # HU
 def move_slices(
     hu: torch.Tensor,  # (n, c, H, W) HU
     maps: torch.Tensor,  # (n, 2, 3) of `affine_maps`
-    outside: float = AIR,  # what comes in from outside, HU
 ) -> torch.Tensor:  # (n, c, H, W) float32 HU
-    "The slices moved, all channels of one alike."
+    "The slices moved, all channels of one alike; air comes in from outside."
     # torch's affine_grid takes five times as long on the CPU
     x, y = ((2 * torch.arange(k, device=hu.device) + 1) / k - 1 for k in hu.shape[:1:-1])
     along_y = maps[:, :, 1, None] * y + maps[:, :, 2, None]
     grid = (maps[:, :, 0, None, None] * x + along_y[..., None]).permute(0, 2, 3, 1).to(torch.float32)
-    return F.grid_sample(torch.sub(hu, outside), grid, align_corners=False).add_(outside)
+    return F.grid_sample(torch.sub(hu, AIR), grid, align_corners=False).add_(AIR)
 
 # %% ../nbs/10_batches.ipynb #10-024
 @lru_cache(maxsize=2)

@@ -23,7 +23,7 @@ from .calibrate import score_levels
 from .evaluate import read_predictions, update_model
 
 # %% ../nbs/29_ensemble.ipynb #29-008
-SAME = ("image_size", "windows", "neighbors", "networks", "views")  # of the settings
+SAME = ("image_size", "windows", "neighbors", "networks")  # of the settings
 
 
 def check_alike(

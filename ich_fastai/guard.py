@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from .core import WINDOWS, InputError
 
-# %% ../nbs/00c_guard.ipynb #00c-n00
+# %% ../nbs/00c_guard.ipynb #00-006
 _SHARE, _SLICES = (0.0, 1.0), (0, 10**8)
 _BALANCE, _WEIGHTS = ("undersample", "none"), ("inverse", "none", "competition")
 RANGES: dict[str, tuple] = {"seed": (0, 2**32 - 1)}
@@ -28,7 +28,7 @@ RANGES |= {"n_patients": (1, 100_000), "prevalence": ("demo", "rsna")}  # of a p
 RANGES |= {"cache_size": (1, 4096), "size": (1, 4096), "workers": (0, 1024), "max_error_share": _SHARE}  # px
 RANGES |= {"n_folds": (2, 100), "folds": (0, 99), "min_brain_fraction": _SHARE}
 RANGES |= {"image_size": (16, 2048), "windows": tuple(WINDOWS), "neighbors": (0, 2), "batch_size": (2, 65536)}  # px
-RANGES |= {"epochs": (1, 1000), "epoch_size": _SLICES, "networks": (1, 100), "views": (1, 4)}
+RANGES |= {"epochs": (1, 1000), "epoch_size": _SLICES, "networks": (1, 100)}
 RANGES |= {"lr": (1e-9, 1.0), "ema": (0.0, 0.99999), "recurrent": (0, 1024)}
 RANGES |= {"balance": _BALANCE, "class_weights": _WEIGHTS, "smooth": _SHARE}
 RANGES |= {"arms": tuple(f"{b}+{w}" for b in _BALANCE for w in _WEIGHTS), "seeds": (1, 100)}

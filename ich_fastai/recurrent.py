@@ -232,7 +232,7 @@ def add_recurrent(
     columns = dict(zip(ADDED, added.astype(np.float32).T, strict=True))
     return table.assign(part=part, **columns), network, {"units": units, "parts": PARTS} | facts
 
-# %% ../nbs/17_recurrent.ipynb #17-n00
+# %% ../nbs/17_recurrent.ipynb #17-037
 @checked
 def add_network(
     run_dir: str | Path,  # with predictions.parquet, model/ and cohort.parquet; for a network also cache/
@@ -241,12 +241,9 @@ def add_network(
 ) -> pd.DataFrame:  # the run's predictions
     "Write what a recurrent network adds, and the network. An earlier one goes first. Raises `InputError` for folds."
     run_dir, smooth = Path(run_dir), read_stage(run_dir, "model/model.json").get("smooth", 0.0)
-    settings = read_stage(run_dir, "model/model.json")["settings"]
-    several = settings.get("networks", 1) > 1 or settings.get("views", 1) > 1
-    if recurrent and (several or read_stage(run_dir, "predictions.parquet")["fold"].nunique() > 1):
-        raise InputError(
-            f"recurrent={recurrent}: reads the features of one network and view; train one so, or set it to 0"
-        )
+    alike = read_stage(run_dir, "model/model.json")["settings"].get("networks", 1)
+    if recurrent and (alike > 1 or read_stage(run_dir, "predictions.parquet")["fold"].nunique() > 1):
+        raise InputError(f"recurrent={recurrent}: reads the features of one network; train one, or set it to 0")
     table = read_together(run_dir, smooth)
     if recurrent:
         from safetensors.torch import save_file

@@ -137,9 +137,9 @@ def check_parameters(
         raise InputError(f"parameter {fixed}: the run sets it; use --data, --dataset and --out")
     params = {name: _coerce(name, value, kinds[name]) for name, value in params.items()}
     check_ranges(**params)
-    several = len(params.get("folds", ())) > 1 or max(params.get(name, 1) for name in ("networks", "views")) > 1
+    several = len(params.get("folds", ())) > 1 or params.get("networks", 1) > 1
     if params.get("recurrent") and several:
-        what = "reads one network's features; give one of folds, networks=1 and views=1, or set it to 0"
+        what = "reads one network's features; give one of folds and networks=1, or set it to 0"
         raise InputError(f"recurrent={params['recurrent']}: {what}")
     return params
 

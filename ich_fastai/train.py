@@ -80,11 +80,10 @@ def fingerprint(
 def predict_batches(
     network: torch.nn.Module,
     batches: SliceBatches,  # as evaluation has them
-    views: int = 1,  # of `take_views`
 ) -> np.ndarray:  # (n, 6) float32 logits, in the order of the cohort
     "What a network that was just trained says of each slice; in several processes, all that all of them say."
-    model = Average([network.eval()], views=views)
-    outputs = torch.cat([model(x) for x, _ in batches])
+    network.eval()
+    outputs = torch.cat([network(x) for x, _ in batches])
     return gather_rows(outputs, batches.n, batches.place.processes).numpy(force=True)
 
 # %% ../nbs/12_train.ipynb #12-011
@@ -129,7 +128,7 @@ def fit_fold(
     facts |= {"images_seen": settings.epochs * len(dls.train) * dls.train.bs}
     facts |= {"loss_weights": weights.round(6).to_dict(), "fingerprint": checkpoint.fingerprint}
     kept = average[0].ema.module if average else learner.model
-    logits = predict_batches(kept, dls.valid, settings.views)
+    logits = predict_batches(kept, dls.valid)
     logits = np.where(rows[list(LABELS)].notna().any(), logits, NEVER)
     predictions = _prediction_table(cohort[cohort["fold"] == fold], logits, keep_rate)
     return Fold(kept, predictions, pd.DataFrame(journal.history).assign(fold=fold, seed=settings.seed), facts)
