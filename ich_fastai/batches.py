@@ -39,7 +39,7 @@ def named_windows(
     check_ranges(windows=names)
     return {name: (float(WINDOWS[name].center), float(WINDOWS[name].width)) for name in names}
 
-# %% ../nbs/10_batches.ipynb #10-n00
+# %% ../nbs/10_batches.ipynb #10-009
 @dataclass(frozen=True)
 class Settings:
     "What one training is. Raises `InputError` for a value out of its range, as RANGES of 00c_guard has it."
@@ -150,7 +150,7 @@ def affine_maps(
     rows = [torch.stack([cos * flip, -sin, shift[:, 0]], 1), torch.stack([sin * flip, cos, shift[:, 1]], 1)]
     return torch.stack(rows, 1)
 
-# %% ../nbs/10_batches.ipynb #10-n01
+# %% ../nbs/10_batches.ipynb #10-021
 AIR = -1000.0  # HU
 
 
