@@ -53,8 +53,8 @@ def order_logits(
     "The logits with that of `any` at least as high as each of the five."
     return np.c_[x[:, :-1], x.max(axis=1, initial=-np.inf)]
 
-# %% ../nbs/21_calibrate.ipynb #21-019
-PRIOR_PATIENTS = {"slice": 50, "study": 10}  # that of slices chosen in the simulation below
+# %% ../nbs/21_calibrate.ipynb #21-n01
+PRIOR_PATIENTS = 10  # chosen in the simulation below
 
 
 def fit_platt(
@@ -62,7 +62,7 @@ def fit_platt(
     y: np.ndarray,  # (n,) 0 or 1
     patients: np.ndarray,  # (n,) ids
     level: str = "slice",  # or study: the prior patients have the mean of these
-    prior: float | None = None,  # patients that hold it back; PRIOR_PATIENTS by default
+    prior: float = PRIOR_PATIENTS,  # patients that hold it back
 ) -> tuple[float, float]:  # slope, intercept; 1, 0 where a class is missing; slope 1 where scores are inverted
     "Platt's calibration map, held back by prior patients: probability = expit(slope * x + intercept)."
     from scipy.optimize import brentq  # a prediction need not wait for it
@@ -72,7 +72,6 @@ def fit_platt(
         return 1.0, 0.0
     mean = (y.sum() + 0.5) / (len(y) + 1)
     center = brentq(lambda c: expit(x + c).mean() - mean, -99, 99) if level == "study" else 0.0
-    prior = PRIOR_PATIENTS[level] if prior is None else prior
     share = prior / (prior + n)
     slope, intercept = fit_logistic(x, (1 - share) * y + share * expit(x + center))
     return (slope, intercept) if slope > 0 else (1.0, center)

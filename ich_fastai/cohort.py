@@ -123,10 +123,10 @@ def read_exclusions(
     "Known bad slices and why they are left out."
     return pd.read_csv(csv or project_dir() / "data" / "exclusions.csv", comment="#", index_col="id")["reason"]
 
-# %% ../nbs/09_cohort.ipynb #09-032
+# %% ../nbs/09_cohort.ipynb #09-n00
 COHORT_COLUMNS = (
     *("SOPInstanceUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", *LABELS, "fold", "position", "z_mm"),
-    *("shard", "row", "address", *NEIGHBORS, "brain_fraction", "BitsStored", "PixelRepresentation"),
+    *("shard", "row", "address", *NEIGHBORS, "crc32", "brain_fraction", "BitsStored", "PixelRepresentation"),
     *("clean", "in_sample"),
 )
 

@@ -59,7 +59,7 @@ def average_predictions(
     logits = pd.DataFrame(np.mean([part[LOGITS] for part in parts], axis=0), common, LOGITS)
     return parts[0].assign(**logits, keep_rate=rates, fold=0).reset_index()
 
-# %% ../nbs/29_ensemble.ipynb #29-014
+# %% ../nbs/29_ensemble.ipynb #29-n00
 def join_models(
     folders: Sequence[str | Path],  # model/ of each run
     out: str | Path,  # the mean's run folder
@@ -82,7 +82,7 @@ def join_models(
     save_table(table, out / "predictions.parquet")
     known = [read_stage(run, "cohort.parquet") for run in runs if (run / "cohort.parquet").is_file()]
     if known:
-        ids = pd.concat(known)[["SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "z_mm"]]
+        ids = pd.concat(known)[["SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID", "z_mm"]]
         save_table(ids.drop_duplicates("SOPInstanceUID"), out / "cohort.parquet")
     wanted = {key: cards[0]["thresholds"].get(f"wanted_{key}", 0.9) for key in ("sensitivity", "coverage")}
     update_model(out, score_levels(read_predictions(out), **wanted), **wanted)

@@ -79,15 +79,15 @@ def gather_rows(
     torch.distributed.all_gather(parts, outputs.contiguous())
     return torch.stack(parts, 1).flatten(0, 1)[:n]
 
-# %% ../nbs/11b_learner.ipynb #11-015
+# %% ../nbs/11b_learner.ipynb #11b-n00
 class Journal(Callback):
-    "A row of history per epoch, the logits of the last validation, and a progress bar."
+    "A row of history per epoch, and a progress bar."
 
     order = 60
 
     def __init__(self, progress: bool = False, title: str = "train"):
         self.history: list[dict] = []
-        self.logits, self.progress, self.title = torch.empty(0), progress, title
+        self.progress, self.title = progress, title
 
     def before_train(self):
         from tqdm.auto import tqdm
@@ -111,10 +111,10 @@ class Journal(Callback):
         valid, losses = self.dls.valid, torch.stack(self.losses).float()
         if valid.place.processes > 1:
             torch.distributed.all_reduce(losses)
-        self.logits = gather_rows(torch.cat(self.outputs), valid.n, valid.place.processes).cpu()
-        loss = self.learn.loss_func(self.logits.to(valid.device), valid.labels.to(valid.device)).item()
+        logits = gather_rows(torch.cat(self.outputs), valid.n, valid.place.processes)
+        loss = self.learn.loss_func(logits, valid.labels.to(valid.device)).item()
         row = {"epoch": self.epoch + 1, "train_loss": losses.mean().item() / valid.place.processes, "valid_loss": loss}
-        scores = score_logits(valid.labels.numpy(), self.logits.numpy())
+        scores = score_logits(valid.labels.numpy(), logits.numpy(force=True))
         self.history.append(row | scores | {"seconds": time.perf_counter() - self.start})
 
 # %% ../nbs/11b_learner.ipynb #11-019
@@ -172,7 +172,7 @@ class FollowEpochs(Callback):
         loader.epoch, key = self.epoch, [loader.settings.seed, self.epoch, loader.place.rank]
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
-# %% ../nbs/11b_learner.ipynb #11-028
+# %% ../nbs/11b_learner.ipynb #11b-n01
 class Checkpoint(Callback):
     "Write the whole state of training after each epoch."
 
@@ -186,7 +186,7 @@ class Checkpoint(Callback):
         state |= {"model": get_model(self.learn.model).state_dict(), "history": journal.history}
         # fastai's schedules leave numpy's numbers in the optimizer, which weights_only=True refuses
         plain = tree_map(lambda v: v.item() if isinstance(v, np.generic) else v, self.opt.state_dict())
-        state |= {"optimizer": plain, "logits": journal.logits, "averaged": self.averaged().state_dict()}
+        state |= {"optimizer": plain, "averaged": self.averaged().state_dict()}
         if self.dls.train.place.rank == 0:
             write_checked(self.path, lambda p: torch.save(state, p), behind=True)
 
@@ -208,7 +208,7 @@ class Checkpoint(Callback):
         learner.model.load_state_dict(state["model"])
         learner.opt.load_state_dict(state["optimizer"])
         self.averaged().load_state_dict(state["averaged"])
-        learner.journal.history, learner.journal.logits = state["history"], state["logits"].cpu()
+        learner.journal.history = state["history"]
         return state["epoch"]
 
 # %% ../nbs/11b_learner.ipynb #11-031

@@ -79,7 +79,7 @@ def write_at(path: Path, size: int, data: bytes) -> int:  # bytes that stay; the
         file.write(data)
     return size + len(data)
 
-# %% ../nbs/35_tables.ipynb #35-018
+# %% ../nbs/35_tables.ipynb #35-n00
 class Tables:
     "The tables of a run, and what is finished: a dict with `images`, `unused` and `used` for each study."
 
@@ -98,9 +98,12 @@ class Tables:
             self._read_list(resume)
 
     def _read_list(self, resume: bool) -> None:
-        lines = self.list.read_bytes().splitlines(keepends=True)
+        text = self.list.read_bytes()
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith(b"\n")]  # a kill may cut the last
+        if not lines and b'{"begun": '.startswith(text[:10]):  # or the first
+            return
         try:
-            first, *rest = [json.loads(line) for line in lines if line.endswith(b"\n")]  # a kill may cut the last
+            first, *rest = map(json.loads, lines)
             studies, same = {row["study"]: row for row in rest}, dict(first["begun"])
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{self.list}: not a list of finished studies; remove it or choose another output") from e
@@ -112,7 +115,7 @@ class Tables:
         sizes = rest[-1]["sizes"]
         if any(not path.is_file() or path.stat().st_size < n for path, n in zip(self.paths, sizes, strict=True)):
             raise InputError(f"{self.paths[0]}: its tables were changed since; start without --resume")
-        self.finished, self.sizes = studies, [*sizes, sum(len(line) for line in lines if line.endswith(b"\n"))]
+        self.finished, self.sizes = studies, [*sizes, sum(map(len, lines))]
 
     def skip(self, study: str, images: int) -> bool:
         "Is a study finished? Raises `InputError` where it has other images by now."

@@ -39,7 +39,7 @@ from .answer import hash_weights
 from .tables import make_harmless
 from .datasets import CQ500_NAMES, Dataset, check_independent, open_dataset, read_csv
 
-# %% ../nbs/39_validate.ipynb #39-008
+# %% ../nbs/39_validate.ipynb #39-n00
 def check_overlap(
     dataset: Dataset,
     model_dir: str | Path,  # model/ of a run; the run's cohort.parquet may lie beside it
@@ -54,11 +54,14 @@ def check_overlap(
     run_dir = Path(model_dir).resolve().parent
     if (run_dir / "cohort.parquet").is_file():
         cohort = read_stage(run_dir, "cohort.parquet")
-        seen = {*cohort["SOPInstanceUID"], *cohort["StudyInstanceUID"]}
-        both = [name for name in (*dataset.labels.index, *dataset.studies) if name in seen]
-        if both:
-            what = f"{len(both):,} of its slices or studies were in the model's training run, e.g. {both[0]}"
-            raise InputError(f"{dataset.facts.name}: refused: {what}; validate on other patients")
+        uids = pd.concat([cohort["SOPInstanceUID"], cohort["StudyInstanceUID"]])
+        pairs = {"slices or studies": ([*dataset.labels.index, *dataset.studies], uids)}
+        if dataset.facts.name in ("folder", "rsna"):  # elsewhere a PatientID is a number that other hospitals have, too
+            pairs["patients, by PatientID,"] = dataset.labels["PatientID"], cohort["PatientID"]
+        for kind, (here, seen) in pairs.items():
+            if both := sorted(({*here} & {*seen}) - {""}):
+                what = f"{len(both):,} of its {kind} were in the model's training run, e.g. {both[0]}"
+                raise InputError(f"{dataset.facts.name}: refused: {what}; validate on other patients")
 
 # %% ../nbs/39_validate.ipynb #39-011
 INPUTS = ["noise_hu", "brain_fraction", *HU_COLUMNS]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ich_fastai.core import InputError, read_run_file, save_json, save_table
+from ich_fastai.core import InputError, read_run_file, read_stage, save_json, save_table
 from ich_fastai.ensemble import average_predictions, check_alike, join_models, open_models
 from ich_fastai.evaluate import evaluate
 from ich_fastai.labels import LOGITS
@@ -37,6 +37,7 @@ def test_calibration_and_thresholds_are_the_means_own(runs, tmp_path):
     assert model.card["thresholds"]["slice"] != single["thresholds"]["slice"]
     assert model.card["corrections"]["keep_rate"] == pytest.approx(0.2)  # a mean of logits: the geometric mean
     assert len(model.network.networks) == 2
+    assert read_stage(tmp_path, "cohort.parquet")["PatientID"].ne("").all(), "of whom a validation must ask"
 
 
 def test_only_patients_that_none_has_seen_speak(runs, tmp_path):

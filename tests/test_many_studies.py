@@ -144,6 +144,14 @@ def test_another_run_is_not_gone_on_with(model, folder, once, tmp_path, change):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("text", ["", '{"beg', '{"begun": {"model"'])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_killed_at_its_first_line_blocks_nothing(model, folder, tmp_path, text, resume):
+    start(tmp_path).list.write_text(text)
+    run(model, folder / "P0", tables := start(tmp_path, resume=resume))
+    assert list(tables.finished) == list(start(tmp_path, resume=True).finished) == ["1.0"]
+
+
 def test_resume_wants_the_input_and_the_model_that_it_began_with(simulated_run, model, folder, tmp_path):
     weights, out = tmp_path / "model", str(tmp_path / "out.csv")
     shutil.copytree(simulated_run / "model", weights)

@@ -4,6 +4,7 @@ import shutil
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 from dicom_files import HEAD, make_file
@@ -16,7 +17,7 @@ from ich_fastai.exports import SERIES, View, draw_view, save_dataset, write_expo
 from ich_fastai.cohort import measure_noise
 from ich_fastai.geometry import Geometry, measure_look
 from ich_fastai.head import draw_head, make_rng
-from ich_fastai.series import format_series, read_series, survey_files
+from ich_fastai.series import Sight, format_series, read_series, refuse_sight, survey_files
 
 TRAINING = Geometry((220.0, 240.0, 264.0), (8.0, 10.0, 12.0))
 NAMES = [*SERIES, "scout", "capture", "report", "enhanced"]
@@ -61,6 +62,19 @@ def test_each_series_is_used_or_has_its_reason(survey, export, name):
         assert row["used"] and row["reason"] == ""
     else:
         assert not row["used"] and row["reason"].startswith(REASONS.get(name, "usable; another series comes first"))
+
+
+PLAIN = ["AXIAL POST FOSSA 2.5", "POST OP HEAD", "HEAD POST TPA", "POST TRAUMA", "POSTERIOR FOSSA", "CTA PRE CONTRAST"]
+PLAIN += ["HEAD PRECONTRAST", "NON CONTRAST HEAD", "HEAD W/O CONTRAST", "PREOP HEAD"]
+ENHANCED = ["CTA COW PREVIEW", "CT ANGIO (PRESET 2)", "HEAD W CONTRAST COMPRESSED", "AX POST-CON", "HEAD POST KM"]
+ENHANCED += ["POST GAD", "POST INJ 5.0", "POSTCONTRAST", "AXIAL POST", "CT PERFUSION"]
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *ENHANCED])
+def test_a_description_speaks_of_contrast_or_does_not(name):
+    series = pd.DataFrame({"ConvolutionKernel": [""], "SeriesDescription": [name], "ContrastBolusAgent": [""]})
+    reason = refuse_sight(series, Sight(heads=1.0), 5.0)
+    assert reason == (f"contrast: {name}" if name in ENHANCED else "")
 
 
 def test_the_table_fits_a_screen(survey):

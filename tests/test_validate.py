@@ -29,7 +29,15 @@ from ich_fastai.predict import score_stack
 from ich_fastai.series import Stack
 from ich_fastai.tiny import tiny_cohort
 from ich_fastai.transfer import DELIVERED, read_published
-from ich_fastai.validate import ask_all, claim_folder, ich_validate, read_qure, score_probabilities, validate
+from ich_fastai.validate import (
+    ask_all,
+    check_overlap,
+    claim_folder,
+    ich_validate,
+    read_qure,
+    score_probabilities,
+    validate,
+)
 from test_datasets import SIZE, make_layouts
 
 
@@ -281,14 +289,33 @@ def test_without_a_common_label_nobody_is_asked(layouts, model_dir, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_slices_of_the_training_run_are_refused_whatever_the_dataset_says(layouts, model_dir, tmp_path):
-    folder, truth = layouts["folder"]
-    run_dir = tmp_path / "run"
+@pytest.mark.parametrize("what", ["slices or studies", "patients, by PatientID,"])
+def test_who_was_in_the_training_run_is_refused_whatever_the_dataset_says(layouts, model_dir, tmp_path, what):
+    "A slice; or a patient, with another study."
+    dataset, run_dir = open_dataset("folder", layouts["folder"][0]), tmp_path / "run"
     shutil.copytree(model_dir, run_dir / "model")
-    rows = read_stage(tiny_cohort(), "cohort.parquet").assign(SOPInstanceUID=truth.labels.index[0])
-    rows.to_parquet(run_dir / "cohort.parquet")
-    with pytest.raises(InputError, match="1 of its slices or studies were in the model's training run"):
-        validate(run_dir / "model", open_dataset("folder", folder), tmp_path / "out")
+    ids = (
+        {"SOPInstanceUID": dataset.labels.index[0]}
+        if "slices" in what
+        else {"PatientID": dataset.labels["PatientID"].iloc[0]}
+    )
+    read_stage(tiny_cohort(), "cohort.parquet").assign(**ids).to_parquet(run_dir / "cohort.parquet")
+    with pytest.raises(InputError, match=f"1 of its {what} were in the model's training run"):
+        validate(run_dir / "model", dataset, tmp_path / "out")
+
+
+def test_a_number_that_two_hospitals_give_is_no_overlap(layouts, model_dir, tmp_path):
+    "CQ500's patients are numbers of CQ500; without a PatientID nobody is told apart."
+    dataset, run_dir = open_dataset("cq500", layouts["cq500"][0]), tmp_path / "run"
+    (run_dir / "model").mkdir(parents=True)
+    rows = read_stage(tiny_cohort(), "cohort.parquet")
+    for data, patient in (
+        (dataset, dataset.labels["PatientID"].iloc[0]),
+        (open_dataset("folder", layouts["folder"][0]), ""),
+    ):
+        rows.assign(PatientID=patient).to_parquet(run_dir / "cohort.parquet")
+        labels = data.labels.assign(PatientID=patient)
+        check_overlap(replace(data, labels=labels, studies=[]), run_dir / "model", {"trained_on": "phantom"})
 
 
 def test_what_is_missing_is_a_reason_and_a_vendor_stands_beside_on_the_same_studies(validated):
