@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Training', 'plan_arms', 'is_trained', 'train_arms', 'read_arms']
 
-# %% ../nbs/16_arms.ipynb #16-n02
+# %% ../nbs/16_arms.ipynb #16-n00
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -33,7 +33,7 @@ class Training(NamedTuple):
     folder: Path  # arms/<arm>/seed-<seed> of the run
     settings: Settings
 
-# %% ../nbs/16_arms.ipynb #16-n00
+# %% ../nbs/16_arms.ipynb #16-n02
 def plan_arms(
     run_dir: str | Path,  # with model/model.json
     arms: Sequence[str],  # balance+class_weights
@@ -43,7 +43,7 @@ def plan_arms(
     image_size: int = 0,  # px; 0 for the main model's
 ) -> list[Training]:
     "The trainings of the comparison, arm by arm. Raises `InputError` for a wrong arm, or where there is nothing to do."
-    sizes = {"epochs": epochs, "epoch_size": epoch_size, "image_size": image_size}
+    sizes: dict[str, Any] = {"epochs": epochs, "epoch_size": epoch_size, "image_size": image_size}
     check_ranges(arms=arms, seeds=seeds, **{f"arm_{name}": size for name, size in sizes.items()})
     try:
         main = Settings(**read_stage(run_dir, "model/model.json")["settings"])

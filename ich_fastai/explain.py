@@ -298,7 +298,7 @@ def mass_inside(
     inside = cv2.resize(mask.astype(np.float32), values.shape[::-1], interpolation=cv2.INTER_AREA)
     return float((values * inside).sum() / max(values.sum(), 1e-12))
 
-# %% ../nbs/24_explain.ipynb #24-054
+# %% ../nbs/24_explain.ipynb #24-n07
 MAP, UNTRAINED, RANDOM = "the map", "the map of an untrained network", "a random pixel of the brain"
 
 
@@ -320,7 +320,7 @@ def pointing_table(
         of = evidence.rows["label"].isin(SUBTYPES if label == "all" else [label]).to_numpy()
         patient, draws = draw_patients(evidence.rows["PatientID"][of], n_boot, seed)
         for (measure, who), values in found.items():
-            nothing = "undefined: no held-out slice of this type"
+            nothing = "undefined: no held-out slice of this subtype"
             share = weighted_ratio(draws, patient, np.array(values, float)[of], np.ones(of.sum()), nothing)
             rows.append((label, measure, who, *share, of.sum(), len(set(patient))))
     return pd.DataFrame(rows, columns=["label", "measure", "who", *ESTIMATE, "n", "n_patients"])

@@ -227,7 +227,7 @@ def constant_scores(
 ) -> dict[tuple[str, str], float]:  # by label and metric, those of SHOWN that a constant has
     "What the prevalences of these slices score, said of every slice."
     p = table.drop_duplicates("label").set_index("label")["prevalence"].reindex(LABELS).to_numpy(float)
-    loss = float((p * log_losses(1, p) + (1 - p) * log_losses(0, p)) @ COMPETITION_WEIGHTS)
+    loss = float((p * log_losses(np.ones(6), p) + (1 - p) * log_losses(np.zeros(6), p)) @ COMPETITION_WEIGHTS)
     ranks = {("any", "auc"): 0.5, ("any", "average_precision"): float(p[-1])} if 0 < p[-1] < 1 else {}
     return {("all", "weighted_log_loss"): loss} | ranks
 

@@ -42,7 +42,8 @@ def level_of(
     q: np.ndarray = p.reindex(columns=[*LABELS], fill_value=0.5).to_numpy(np.float64)
     x = logit(np.clip(q, np.finfo(float).eps, 1 - np.finfo(float).eps))
     decisions = np.full(q.shape, np.nan), np.ones(q.shape, bool), np.ones(q.shape, bool)
-    known, fold = tuple(known_labels(labels)), np.zeros(len(q), int)
+    fold: np.ndarray = np.zeros(len(q), int)
+    known = tuple(known_labels(labels))
     return Level(fill_labels(labels), np.asarray(patients), x, fold, q, q, q, *decisions, known)
 
 # %% ../nbs/28_transfer.ipynb #28-n06

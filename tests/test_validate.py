@@ -156,6 +156,7 @@ def test_the_command_on_each_layout_counts_the_phantoms_truth(validated, name):
     assert str(folder) not in page and all(study not in page for study in truth.hu if len(study) > 4)
     mistakes = pd.read_csv(tables / "mistakes.csv")
     assert len(mistakes) and all((out / "pages" / page).is_file() for page in mistakes["page"])
+    assert mistakes["kind"].eq("false alarm").eq(mistakes["p"] >= mistakes["threshold"]).all(), "a wrong call, no other"
     if name in ALL_BLEED:
         look = (out / "pages" / mistakes["page"].iloc[0]).read_text()
         assert f"no labels of {', '.join(SUBTYPES)}" in look, "what is not known is not shown as absent"
