@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SERIES', 'View', 'draw_blood', 'draw_view', 'save_dataset', 'make_image', 'write_view', 'draw_text', 'draw_scout',
-           'write_capture', 'write_report', 'write_enhanced', 'write_export']
+           'write_capture', 'write_dose_report', 'write_enhanced', 'write_export']
 
 # %% ../nbs/91_exports.ipynb #91-002
 from collections.abc import Sequence
@@ -174,7 +174,7 @@ def write_capture(path: str | Path, ids: dict[str, str], **tags) -> Path:
     return save_dataset(make_image(draw_text(), ids, **(about | tags)), path)
 
 # %% ../nbs/91_exports.ipynb #91-023
-def write_report(path: str | Path, ids: dict[str, str]) -> Path:
+def write_dose_report(path: str | Path, ids: dict[str, str]) -> Path:
     "A radiation dose report without pixels."
     about: dict = dict(SOPClassUID=XRayRadiationDoseSRStorage, SOPInstanceUID=f"{ids['SeriesInstanceUID']}.1")
     ds = _set_tags(Dataset(), about | dict(Modality="SR", SeriesDescription="Dose SR", **ids))
@@ -249,7 +249,7 @@ def write_export(
         if name == "capture":
             write_capture(home / "IM0001", **rest)
         elif name == "report":
-            write_report(home / "IM0001", ids)
+            write_dose_report(home / "IM0001", ids)
         elif name == "enhanced":
             write_enhanced(home / "IM0001", head, bleeds, View(size=128 // shrink), **rest)
         elif name == "scout":

@@ -11,6 +11,7 @@ import venv
 import papermill
 import pytest
 from conftest import PROJECT
+from PIL import Image
 
 sys.path.insert(0, str(PROJECT / "benchmarks"))
 import house
@@ -133,6 +134,12 @@ def test_the_readme_says_what_the_committed_demo_gave():
     said = re.findall(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", (PROJECT / "README.md").read_text())
     shown = "".join(outputs_of(PROJECT / "nbs" / f"{name}.ipynb") for name in ("22_evaluate", "23_controls"))
     assert said and not [estimate for estimate in said if estimate not in shown]
+
+
+def test_the_picture_of_the_viewer_is_of_the_committed_demo():
+    of = Image.open(PROJECT / "nbs" / "images" / "viewer.png").text.get("study", "")
+    p = re.fullmatch(r"\d+ slices, any (\d\.\d{3})", of)
+    assert p and p[1] in outputs_of(PROJECT / "nbs" / "32_viewer.ipynb"), f"run `make outputs`; the picture is of: {of}"
 
 
 def test_the_version_is_one():
