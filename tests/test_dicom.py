@@ -12,7 +12,7 @@ import pytest
 from dicom_files import HEAD, make_dataset, make_file, plain_variants, to_bytes
 from pydicom import uid
 
-from ich_fastai.cache import read_plain, walk_header
+from ich_fastai.plain import read_plain, walk_header
 from ich_fastai.dicom import DicomError, decode_slice, read_file, read_slice, slice_position
 
 PLAIN = plain_variants()

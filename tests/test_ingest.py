@@ -105,16 +105,18 @@ def test_a_short_or_missing_shard_is_named(whole, tmp_path):
 
 def test_more_shards_than_a_process_may_open(whole, tmp_path):
     shutil.copytree(whole / "cache", tmp_path / "cache")
-    first = shard_paths(tmp_path / "cache", 0)[0]
     for number in range(1, 700):
-        path = shard_paths(tmp_path / "cache", number)[0]
-        path.unlink(missing_ok=True)
-        path.symlink_to(first)
+        for first, path in zip(*(shard_paths(tmp_path / "cache", n) for n in (0, number)), strict=True):
+            path.unlink(missing_ok=True)
+            path.symlink_to(first)
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (600, 600))\n"
-    code += "from ich_fastai.cache import SHARD_ROWS, Cache\n"
-    code += "caches, every = [Cache(sys.argv[1]) for _ in range(2)], [k * SHARD_ROWS for k in range(700)]\n"
-    code += "train, valid = (cache.gather(every) for cache in caches)\n"
-    code += "assert (train == valid).all() and (train == train[0]).all() and train.any()"
+    code += "from unittest.mock import patch\nfrom ich_fastai import cache as module\n"
+    code += "every = [k * module.SHARD_ROWS for k in range(700)]\n"
+    code += "with patch.object(module, 'read_run_file', wraps=module.read_run_file) as reads:\n"
+    code += "    caches = [module.Cache(sys.argv[1]) for _ in range(2)]\n"
+    code += "    train, valid, again = (cache.gather(every) for cache in [*caches, caches[0]])\n"
+    code += "assert (train == valid).all() and (train == train[0]).all() and (train == again).all() and train.any()\n"
+    code += "assert reads.call_count == 2 * 701  # cache.json, and each shard's table once\n"
     subprocess.run([sys.executable, "-c", code, tmp_path / "cache"], check=True)
 
 
@@ -427,7 +429,7 @@ def test_no_space_left_names_the_file(tmp_path, monkeypatch):
     (tmp_path / "dicom" / "a.dcm").write_bytes(make_file())
     monkeypatch.setattr(
         cache_module,
-        "_write_pixels",
+        "_write_header",
         lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
     )
     with pytest.raises(InputError, match=r"shard-00000\.npy: cannot be written \(No space left on device\)"):
