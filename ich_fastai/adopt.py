@@ -92,7 +92,7 @@ def read_rows(
         stack = dataset.read(study, size)
     except InputError:
         return [(None, row | {"error": printable(dataset.reasons[study])})]
-    used, rows = dataset.series[study].query("used == True").iloc[0], []
+    used, rows = dataset.series[study].query("used == True").iloc[0], list[tuple[np.ndarray | None, dict]]()
     row |= describe_pixels(used, size)
     z_mm = find_heights(stack, float(used.get("thickness_mm", np.nan)))
     for uid, z, k in zip(stack.ids, z_mm.tolist(), stack.slab.tolist(), strict=True):
@@ -158,7 +158,7 @@ def find_frames(
 ) -> dict[int, np.ndarray]:  # of each address (2, 3): the affine map that brings the slice's head to its frame
     "Where the head of each series is."
     cohort, cache = read_stage(run_dir, "cohort.parquet"), Cache(Path(run_dir) / "cache")
-    moves = {}
+    moves = dict[int, np.ndarray]()
     for _, rows in cohort.groupby("SeriesInstanceUID"):
         x, y, side = head_frame(cache.gather(rows["address"].to_numpy()))
         zoom = cache.size / side

@@ -356,10 +356,10 @@ def plot_input(
     for ax, image in zip(axes.T.flat, x.cpu().float(), strict=True):
         ax.imshow(image, cmap="gray", vmin=-1, vmax=1)
     for ax, (name, (center, width)) in zip(axes[:, 0], settings.windows.items(), strict=True):
-        ax.set_ylabel(f"{name} ({center:g}, {width:g}) HU")
+        ax.set_ylabel(f"{name} window\n({center:g}, {width:g}) HU")
     subtypes = ", ".join(name for name, on in zip(SUBTYPES, y, strict=False) if on)
     shown = subtypes or ("hemorrhage" if y[-1] else "no hemorrhage")
-    fig.suptitle(f"An input of {len(x)} channels\n{shown}")
+    fig.suptitle(f"An input of {len(x)} channel{'s' * (len(x) > 1)}\n{shown}")
     return fig
 
 # %% ../nbs/10_batches.ipynb #10-n03

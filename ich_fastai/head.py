@@ -200,12 +200,11 @@ def locate(head: Head, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> Points:  
 def plot_tiles(
     tiles: dict[str, np.ndarray],  # title: (h, w), HU, or 0 to 1 where `name` is no window
     name: str = "brain",  # a key of WINDOWS, or another title
-    columns: int = 4,
 ):  # matplotlib Figure; axes[k] holds tile k
-    "CT tiles of 160 px, with the window named above them."
+    "CT tiles of 160 px, three in a row, with the window named above them."
     import matplotlib.pyplot as plt
 
-    columns = min(columns, len(tiles))
+    columns = min(3, len(tiles))
     rows = -(-len(tiles) // columns)
     fig, gray = plt.figure(figsize=(1.7 * columns, 1.85 * rows + 0.35)), plt.get_cmap("gray", 16)  # few levels: small
     for k, (title, x) in enumerate(tiles.items()):

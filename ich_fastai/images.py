@@ -52,9 +52,9 @@ def unpack_zip(path: Path, scratch: Path) -> Iterator[Source]:  # a zip; a folde
                 with packed.open(member) as file, open(handle, "wb") as out:
                     out.write(file.read(16 * MAX_BYTES))
                 yield Source(f"{path}/{member.filename}", to)
-    except (ValueError, *ZIP_ERRORS) as e:
-        if isinstance(e, InputError):
-            raise
+    except InputError:
+        raise
+    except ZIP_ERRORS as e:
         raise InputError(f"{path}: a zip that cannot be read ({e}); unpack it and give the folder") from e
 
 # %% ../nbs/15_images.ipynb #15-008

@@ -122,8 +122,8 @@ def _check_bits(slices, csv: Path) -> None:
             raise InputError(f"{csv}: {len(ids)} slice{'s' * (len(ids) > 1)} with {what}: {name_some(ids)}")
 
 # %% ../nbs/01_labels.ipynb #01-n02
-ZIP_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, StopIteration, RuntimeError, NotImplementedError)
-ZIP_ERRORS += (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+ZIP_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, StopIteration, ValueError, RuntimeError)
+ZIP_ERRORS += (NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 def read_labels(
@@ -137,6 +137,8 @@ def read_labels(
         slices = _collect_bits(_scan_rows(csv))
     except FileNotFoundError:
         raise InputError(f"{csv}: no such file; see data/README.md on how to get the RSNA labels") from None
+    except InputError:
+        raise
     except (pl.exceptions.PolarsError, *ZIP_ERRORS) as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise InputError(f"{csv}: cannot be read as a label CSV: {why}") from e
