@@ -258,7 +258,7 @@ class Cache:
                 raise InputError(f"{path}: shorter than its table says; {how_again(path)}")
             pages.madvise(MADV_WILLNEED, start - start % PAGESIZE, start % PAGESIZE + pixels.nbytes)  # from a page on
             pixels.ravel()[:] = np.frombuffer(pages, "<i2", pixels.size, start)
-            if sums[row] >= 0 and crc32(pixels.data) != sums[row]:
+            if (known := sums[row]) >= 0 and crc32(pixels.data) != known:  # asked once: another thread may have read it
                 path = shard_paths(self.folder, number)[0]
                 raise InputError(f"{path}: damaged, slice {row} has another checksum; delete it, {how_again(path)}")
             sums[row] = -1

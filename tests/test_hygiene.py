@@ -112,6 +112,14 @@ def outputs_of(notebook):
     return "\n".join("".join(t) for t in texts)
 
 
+def test_no_output_is_a_wall_of_text():
+    "What a reader would have to scroll past: a list of a thousand files, a whole traceback."
+    for notebook in NOTEBOOKS:
+        for output in (o for c in cells(notebook) for o in c.get("outputs", ())):
+            text = output.get("text") or output.get("data", {}).get("text/plain", "")
+            assert len("".join(text).splitlines()) <= 70, f"{notebook.stem}: {''.join(text)[:200]}"
+
+
 def numbers_in(text):
     "(number, decimals) of each number in a text, whatever its thousands are parted by."
     found = re.findall(r"(?<![\w.])\d[\d,_]*(?:\.\d+)?(?:e-?\d+)?(?![\w])|(?<![\w.])\.\d+", text)

@@ -20,7 +20,7 @@ from test_dicom import flip_bytes, gdcm_encode
 
 from ich_fastai import cache as cache_module
 from ich_fastai import ingest as module
-from ich_fastai.cache import SHARD_ROWS, Cache, Decoder, read_row, shard_paths, write_shard
+from ich_fastai.cache import SHARD_ROWS, Cache, Decoder, read_row, save_settings, save_shard, shard_paths, write_shard
 from ich_fastai.core import InputError, printable
 from ich_fastai.cohort import build_cohort
 from ich_fastai.ingest import count_errors, ingest, list_files
@@ -118,6 +118,15 @@ def test_more_shards_than_a_process_may_open(whole, tmp_path):
     code += "assert (train == valid).all() and (train == train[0]).all() and (train == again).all() and train.any()\n"
     code += "assert reads.call_count == 2 * 701  # cache.json, and each shard's table once\n"
     subprocess.run([sys.executable, "-c", code, tmp_path / "cache"], check=True)
+
+
+def test_threads_that_read_one_slice_at_once_agree(tmp_path):
+    "The first that has read it forgets its checksum: it must not look changed to the others."
+    save_settings(tmp_path, 256)
+    save_shard(tmp_path, 0, 256, [(np.full((256, 256), k, np.int16), {"file": str(k)}) for k in range(20)])
+    same = np.repeat(np.arange(20), 8)  # eight threads take every eighth: all read a slice at the same time
+    for _ in range(100):
+        assert (Cache(tmp_path).gather(same)[:, 0, 0] == same).all()
 
 
 @pytest.mark.parametrize("executor", [ThreadPoolExecutor, ProcessPoolExecutor])
