@@ -7,7 +7,7 @@ __all__ = ['FIELD_MM', 'BONE_HU', 'FAINT', 'HEADER_TAGS', 'SAME_POSITION', 'rela
            'inside_skull', 'find_blobs', 'paint_over', 'true_masks', 'header_scores', 'control_rows', 'choose_patients',
            'network_scores', 'control_table', 'short_table', 'plot_controls', 'plot_painted', 'controls']
 
-# %% ../nbs/23_controls.ipynb #23-003
+# %% ../nbs/23_controls.ipynb #23-n00
 from pathlib import Path
 
 import cv2
@@ -26,6 +26,7 @@ from .sequence import read_unseen
 from .recurrent import predict_series
 from .metrics import ESTIMATE, Estimate, draw_patients, metric_rows, rank_metrics
 from .calibrate import order_logits, to_logits
+from .evaluate import draw_estimate
 
 # %% ../nbs/23_controls.ipynb #23-009
 def relative_height(
@@ -166,7 +167,7 @@ def true_masks(
         stack = np.where(bleeds[:, None, None], stack, stack[other])
     return stack
 
-# %% ../nbs/23_controls.ipynb #23-029
+# %% ../nbs/23_controls.ipynb #23-n02
 HEADER_TAGS = "BitsStored PixelRepresentation slope_stored intercept_stored rows columns".split()
 HEADER_TAGS += ["pixel_spacing_row_mm", "pixel_spacing_column_mm"]
 
@@ -176,12 +177,14 @@ def header_scores(
     cohort: pd.DataFrame,  # cohort.parquet, index SOPInstanceUID
     rows: pd.DataFrame,  # of the cohort, those to score
     seed: int = 42,
-) -> np.ndarray:  # (n,) 0 to 1; nan where there is no other fold
+) -> np.ndarray:  # (n,) 0 to 1; nan where there is no other fold, or the headers are not known
     "The probability of any=1 of a decision tree that has seen header tags alone, of patients in other folds."
     from sklearn.tree import DecisionTreeClassifier
 
-    tags = slices.drop_duplicates("SOPInstanceUID").set_index("SOPInstanceUID")[HEADER_TAGS].astype(float).fillna(-1)
     out = np.full(len(rows), np.nan)
+    if slices["BitsStored"].isna().all():  # of pictures and volumes, whose tags are made up
+        return out
+    tags = slices.drop_duplicates("SOPInstanceUID").set_index("SOPInstanceUID")[HEADER_TAGS].astype(float).fillna(-1)
     for fold, part in rows.reset_index(drop=True).groupby("fold"):
         others = cohort[cohort["fold"] != fold]
         if len(others):
@@ -280,12 +283,10 @@ def control_table(
         table += control_rows(LABELS[k], y[:, k], {"network": found["network"][:, k]}, height, patient, draws)
     return pd.DataFrame(table)
 
-# %% ../nbs/23_controls.ipynb #23-040
+# %% ../nbs/23_controls.ipynb #23-n05
 def short_table(
     table: pd.DataFrame,  # of `control_table`
-) -> (
-    pd.DataFrame
-):  # of str: label, score, AUC, at the same position, the network has more there, slices, patients, prevalence
+) -> pd.DataFrame:  # of str: label, score, AUC, at the same position, network minus it there, slices, ..., prevalence
     "controls.csv in short."
     of, rows = table.set_index(["label", "score", "metric"]), []
     for label, score in dict.fromkeys(zip(table["label"], table["score"], strict=True)):
@@ -296,10 +297,10 @@ def short_table(
             r = of.loc[(label, score, "auc")]
             counts = f"{r['n']:,}", f"{r['n_patients']:,}", f"{100 * r['prevalence']:.1f}%"
             rows.append((label, score, *map(str, both), more, *counts))
-    names = ["label", "score", "AUC", "AUC at the same position", "there the network has more by"]
+    names = ["label", "score", "AUC", "AUC at the same position", "network minus this, same position"]
     return pd.DataFrame(rows, columns=[*names, "slices", "patients", "prevalence"])
 
-# %% ../nbs/23_controls.ipynb #23-042
+# %% ../nbs/23_controls.ipynb #23-n07
 def plot_controls(
     table: pd.DataFrame,  # of `control_table`
     note: str = "",  # for the title, say "synthetic data"
@@ -313,25 +314,22 @@ def plot_controls(
     for r in rows.to_dict("records"):
         estimate, same = Estimate(*(r[c] for c in ESTIMATE)), r["metric"] == SAME_POSITION
         y, color = names.index(r["score"]) + (0.15 if same else -0.15), "#D55E00" if same else "#777777"
-        ax.text(1.02, y, str(estimate), transform=ax.get_yaxis_transform(), fontsize=9, va="center", color=color)
-        if estimate.has_interval:
-            ax.plot([estimate.low, estimate.high], [y, y], color=color, lw=1.6)
+        draw_estimate(ax, y, estimate, color)
         if estimate.has_value:
-            ax.plot(estimate.value, y, "o", color=color)
+            ax.text(1.02, y, str(estimate), transform=ax.get_yaxis_transform(), fontsize=9, va="center", color=color)
     ax.axvline(0.5, color="black", lw=0.8, ls=":")
     ax.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
     ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="AUC of any by slice, 95% interval by patient")
     ax.set_title(f"Gray: all pairs of slices; orange: at the same position{note and ', ' + note}")
     return fig
 
-# %% ../nbs/23_controls.ipynb #23-044
+# %% ../nbs/23_controls.ipynb #23-n08
 def plot_painted(
     run_dir: str | Path,
     data_dir: str | Path | None = None,
     note: str = "",  # for the title, say "synthetic data"
-    n: int = 4,  # slices
 ):  # matplotlib Figure
-    "The held-out slices of a few patients with the most to paint, before and after."
+    "The slices of the three held-out patients with the most to paint, before and after."
     import matplotlib.pyplot as plt
 
     cohort, p = read_stage(run_dir, "cohort.parquet"), read_stage(run_dir, "predictions.parquet")
@@ -343,16 +341,18 @@ def plot_painted(
     )
     area = pd.Series(masks.sum((1, 2)), index=range(len(rows)))
     largest = area.groupby(rows["PatientID"].to_numpy()).idxmax()
-    some = area[largest].nlargest(n).index.to_numpy(np.int64)
+    some = area[largest].nlargest(3).index.to_numpy(np.int64)
     hu, masks = hu[some], masks[some]
-    fig, axes = plt.subplots(2, n, figsize=(2 * n, 4.9), squeeze=False)
+    fig, axes = plt.subplots(2, 3, figsize=(6.6, 5.4), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for k, (image, painted) in enumerate(zip(hu, paint_over(hu, masks), strict=True)):
         for ax, x, title in ((axes[0, k], image, "as it is"), (axes[1, k], painted, "painted over")):
             ax.imshow(window(x, "brain"), vmin=0, vmax=1)
             ax.set_title(title)
-    fig.suptitle(f"{'True bleeding' if truth else 'Dense blobs'} painted over, brain window{note and ', ' + note}")
+    fig.suptitle(
+        f"{'True bleeding' if truth else 'Dense blobs'} painted over, brain window (40, 80) HU{note and ', ' + note}"
+    )
     return fig
 
 # %% ../nbs/23_controls.ipynb #23-047

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['KIND_COLORS', 'HEADLINES', 'read_predictions', 'read_networks', 'level_metrics', 'draw_estimate', 'plot_auc',
-           'reliability_table', 'plot_reliability', 'threshold_table', 'coverage_table', 'headline_table',
-           'model_folds', 'delivered_table', 'update_model', 'evaluate', 'metrics_table', 'weighted_log_loss']
+           'reliability_table', 'draw_reliability', 'plot_reliability', 'threshold_table', 'coverage_table',
+           'headline_table', 'model_folds', 'delivered_table', 'update_model', 'evaluate', 'metrics_table',
+           'weighted_log_loss']
 
-# %% ../nbs/22_evaluate.ipynb #22-003
+# %% ../nbs/22_evaluate.ipynb #22-n00
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import pandas as pd
 from .core import data_note, read_stage, save_captioned, save_json, save_table
 from .guard import checked
 from .labels import LABELS, LABEL_COLORS, LOGITS, SUBTYPES
+from .model import WEIGHTS
 from .metrics import ESTIMATE, Estimate, adaptive_bins, draw_patients, find_estimate
 from .metrics import metrics_table, weighted_ratio
-from .metrics import weighted_log_loss  # noqa: F401  a public name of this room, like metrics_table
+from .metrics import weighted_log_loss  # noqa: F401  a public name here, like metrics_table
 from .calibrate import Level, calibrate, fit_decisions, score_levels
 
 _all_ = ["metrics_table", "weighted_log_loss"]
@@ -86,7 +88,7 @@ def draw_estimate(
         ax.plot([estimate.low, estimate.high], [y, y], color=color, lw=1.6, solid_capstyle="butt")
     ax.plot(list(seeds), [y for _ in seeds], "|", ms=9, mew=1.2, color="black", alpha=0.55, zorder=2)
 
-# %% ../nbs/22_evaluate.ipynb #22-020
+# %% ../nbs/22_evaluate.ipynb #22-n02
 def plot_auc(
     metrics: pd.DataFrame,  # metrics.csv
     note: str = "",  # for the title, say "synthetic data"
@@ -100,11 +102,9 @@ def plot_auc(
     for r in rows.to_dict("records"):
         estimate, by_study, color = Estimate(*(r[c] for c in ESTIMATE)), r["level"] == "study", LABEL_COLORS[r["label"]]
         y = labels.index(r["label"]) + (0.2 if by_study else -0.2)
-        ax.text(1.02, y, f"{r['level']}: {estimate}", transform=ax.get_yaxis_transform(), fontsize=9, va="center")
-        if estimate.has_interval:
-            ax.plot([estimate.low, estimate.high], [y, y], color=color, lw=1.5)
         if estimate.has_value:
-            ax.plot(estimate.value, y, "s" if by_study else "o", color=color, mfc="white" if by_study else color)
+            ax.text(1.02, y, f"{r['level']}: {estimate}", transform=ax.get_yaxis_transform(), fontsize=9, va="center")
+        draw_estimate(ax, y, estimate, color, filled=not by_study)
     share = rows[rows["level"] == "slice"].set_index("label")["prevalence"]
     ax.set_yticks(range(len(labels)), [f"{label}\n{100 * share[label]:.1f}% of slices" for label in labels])
     ax.axvline(0.5, color="black", lw=0.8, ls=":")
@@ -148,31 +148,47 @@ def reliability_table(
                 rows += [named | row for row in _bin_rows(d.y[:, k], getattr(d, kind)[:, k], patient, draws, n_bins)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_evaluate.ipynb #22-027
+# %% ../nbs/22_evaluate.ipynb #22-n04
+def draw_reliability(
+    ax,  # matplotlib Axes
+    rows: pd.DataFrame,  # of `reliability_table`: of one level, label and kind of probabilities
+    color: str,
+    label: str,
+) -> None:
+    "A curve of predicted and observed share, with the intervals of the latter."
+    ends = [rows["observed"] - rows["low"], rows["high"] - rows["observed"]]
+    ends = [end.astype(float).clip(lower=0).fillna(0) for end in ends]
+    ax.errorbar(rows["predicted"], rows["observed"], ends, color=color, lw=1.2, marker="o", ms=3, label=label)
+
+# %% ../nbs/22_evaluate.ipynb #22-n08
 def plot_reliability(
     table: pd.DataFrame,  # as `reliability_table` gives it
-    level: str = "slice",
     note: str = "",  # for the title, say "synthetic data"
 ):  # matplotlib Figure
-    "Reliability curves of the labels, before and after correction and calibration."
+    "Reliability curves of the labels by slice, before and after correction and calibration; raw where it differs."
     import matplotlib.pyplot as plt
 
+    table = table[table["level"] == "slice"]
+    mean = table.groupby("probabilities")["predicted"].mean().reindex(["raw", "corrected"])
+    kinds = [kind for kind in KIND_COLORS if kind != "raw" or not np.isclose(*mean)]
     labels = list(dict.fromkeys(table["label"]))
     n_rows, n_columns = -(-len(labels) // 3), max(2, min(3, len(labels)))
     fig, axes = plt.subplots(n_rows, n_columns, figsize=(8, 0.4 + 2.6 * n_rows), squeeze=False)
     for ax in axes.flat[len(labels) :]:
         ax.axis("off")
     for label, ax in zip(labels, axes.flat, strict=False):
-        part = table[(table["level"] == level) & (table["label"] == label)]
-        top = max(0.05, np.nanmax(part[["predicted", "observed"]].to_numpy(), initial=0) * 1.05)
+        part = table[table["label"] == label]
+        right, top = (
+            max(0.05, 1.05 * part[of].astype(float).max(axis=None)) for of in ("predicted", ["observed", "high"])
+        )
         ax.plot([0, 1], [0, 1], color="black", lw=0.8, ls=":")
-        for kind, color in KIND_COLORS.items():
-            rows = part[part["probabilities"] == kind]
-            ax.plot(rows["predicted"], rows["observed"], lw=1.2, color=color, label=kind)
-            ax.scatter(rows["predicted"], rows["observed"], s=200 * rows["n"] / rows["n"].sum(), color=color)
-        ax.set(title=label, xlim=(0, top), ylim=(0, top), xlabel="predicted probability", ylabel="observed share")
+        for kind in kinds:
+            draw_reliability(ax, part[part["probabilities"] == kind], KIND_COLORS[kind], kind)
+        ax.set(title=label, xlim=(0, right), ylim=(0, top), xlabel="predicted probability", ylabel="observed share")
     fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    fig.suptitle(f"Reliability by {level}, on patients that calibration has not seen{note and ', ' + note}")
+    fig.suptitle(
+        f"Reliability by slice, 95% intervals, on patients that calibration has not seen{note and ', ' + note}"
+    )
     return fig
 
 # %% ../nbs/22_evaluate.ipynb #22-030
@@ -268,12 +284,12 @@ def headline_table(
     columns = ["result", "value (95% interval)", "networks alone", "n", "patients", "prevalence"]
     return pd.DataFrame(rows, columns=columns).drop(columns=[] if len(each) > 1 else "networks alone")
 
-# %% ../nbs/22_evaluate.ipynb #22-042
+# %% ../nbs/22_evaluate.ipynb #22-n05
 def model_folds(
     card: dict,  # model.json
 ) -> list[dict]:  # the facts of the fold that each of its networks has not seen
     "The folds whose held-out patients speak of this model; one of an earlier version holds the first network alone."
-    return card["training"]["folds"][: len(card.get("networks", ["weights.safetensors"]))]
+    return card["training"]["folds"][: len(card.get("networks", [WEIGHTS]))]
 
 # %% ../nbs/22_evaluate.ipynb #22-045
 def delivered_table(
@@ -331,7 +347,7 @@ def update_model(
     save_json(card, Path(run_dir) / "model" / "model.json", checked=True)
     return card
 
-# %% ../nbs/22_evaluate.ipynb #22-050
+# %% ../nbs/22_evaluate.ipynb #22-n06
 @checked
 def evaluate(
     run_dir: str | Path,  # with predictions.parquet and model/
@@ -342,7 +358,7 @@ def evaluate(
     coverage: float = 0.9,  # of the conformal sets
     seed: int = 42,
 ) -> pd.DataFrame:  # metrics.csv
-    "Write metrics.csv, tables, figures, and model.json's corrections and thresholds. Raises `InputError`: no share."
+    "Write metrics.csv, tables, figures, model.json's decisions. Raises `InputError` for a share outside its range."
     run_dir, boot, note = Path(run_dir), {"n_boot": n_boot, "seed": seed}, data_note(data_dir)
     options = {"sensitivity": wanted_sensitivity, "coverage": coverage, "seed": seed}
     levels = score_levels(read_predictions(run_dir), **options)

@@ -9,7 +9,7 @@ __all__ = ['CUTS', 'BRAIN_HU', 'FLAT_HU', 'MAP', 'UNTRAINED', 'RANDOM', 'score_s
            'highest_point', 'densest_point', 'is_hit', 'mass_inside', 'pointing_table', 'pointing_words',
            'plot_evidence', 'explain']
 
-# %% ../nbs/24_explain.ipynb #24-003
+# %% ../nbs/24_explain.ipynb #24-n00
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from .cache import Cache
 from .cohort import input_addresses
 from .metrics import ESTIMATE, Estimate, draw_patients, label_metrics, metric_rows, weighted_ratio
 from .calibrate import Level, score_levels
+from .evaluate import draw_estimate
 from .controls import inside_skull, relative_height
 
 # %% ../nbs/24_explain.ipynb #24-009
@@ -102,7 +103,7 @@ def subgroup_table(
             rows += [{"group": name, "value_of": value} | row for row in of]
     return pd.DataFrame(rows)
 
-# %% ../nbs/24_explain.ipynb #24-021
+# %% ../nbs/24_explain.ipynb #24-n01
 def plot_subgroups(
     table: pd.DataFrame,  # as `subgroup_table` gives it
     note: str = "",  # for the title, say "synthetic data"
@@ -113,28 +114,22 @@ def plot_subgroups(
     rows = table[table["metric"] == "sensitivity"].reset_index(drop=True)
     fig, ax = plt.subplots(figsize=(7, 1 + 0.24 * len(rows)))
     for y, row in rows.iterrows():
-        estimate = Estimate(*row[ESTIMATE])
-        if estimate.has_value:
-            ax.plot(estimate.value, y, "o", color="#0072B2", ms=5)
-        else:
-            ax.text(0, y, str(estimate), fontsize=9, va="center")
-        if estimate.has_interval:
-            ax.plot([estimate.low, estimate.high], [y, y], color="#0072B2", lw=1.5)
+        draw_estimate(ax, y, Estimate(*row[ESTIMATE]), "#0072B2")
     names = [f"{r.group}: {r.value_of} (n = {r.n_positive:,})" for r in rows.itertuples()]
     ax.set_yticks(range(len(rows)), names)
     ax.set(xlabel="sensitivity for any, 95% interval by patient", xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5))
     ax.set_title(f"Sensitivity by group (n: slices that bleed){note and ', ' + note}")
     return fig
 
-# %% ../nbs/24_explain.ipynb #24-024
+# %% ../nbs/24_explain.ipynb #24-n02
 def worst_mistakes(
     predictions: pd.DataFrame,  # as notebook 12 writes it
     d: Level,  # its slices
-    n: int = 4,  # of each kind
+    n: int = 3,  # of each kind
 ) -> pd.DataFrame:  # SOPInstanceUID, kind (false alarm, missed), p, truth; mistakes of this kind, among how many slices
     "The calls at the thresholds that are wrong and whose probability is farthest off, one slice a patient."
-    y, p, threshold = d.y[:, -1], d.corrected[:, -1], d.threshold[:, -1]
-    called, known = d.calibrated[:, -1] >= threshold, np.isfinite(threshold)
+    y, p, threshold = d.y[:, -1], d.calibrated[:, -1], d.threshold[:, -1]
+    called, known = p >= threshold, np.isfinite(threshold)
     table, found = predictions[["SOPInstanceUID", "PatientID", *SUBTYPES]].assign(p=p, off=np.abs(p - y)), []
     for kind, among, wrong in (("false alarm", known & (y == 0), called), ("missed", known & (y == 1), ~called)):
         rows = table[among & wrong].sort_values("off", ascending=False).drop_duplicates("PatientID").head(n)
@@ -144,7 +139,7 @@ def worst_mistakes(
     worst["truth"] = [", ".join(s for s in SUBTYPES if row[s] == 1) or unnamed[row["kind"]] for row in rows]
     return worst[["SOPInstanceUID", "kind", "p", "truth", "mistakes", "among"]]
 
-# %% ../nbs/24_explain.ipynb #24-026
+# %% ../nbs/24_explain.ipynb #24-n03
 def plot_mistakes(
     mistakes: pd.DataFrame,  # as `worst_mistakes` gives it
     cohort: pd.DataFrame,  # index SOPInstanceUID, with `address`
@@ -155,8 +150,8 @@ def plot_mistakes(
     import matplotlib.pyplot as plt
 
     hu = Cache(cache_dir).gather(cohort.loc[mistakes["SOPInstanceUID"], "address"].to_numpy())
-    n_rows = max(1, -(-len(hu) // 4))
-    fig, axes = plt.subplots(n_rows, 4, figsize=(6.8, 0.6 + 2.3 * n_rows), squeeze=False)
+    n_rows = max(1, -(-len(hu) // 3))
+    fig, axes = plt.subplots(n_rows, 3, figsize=(6.6, 0.6 + 2.8 * n_rows), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, image, row in zip(axes.flat, hu, mistakes.itertuples(), strict=False):
@@ -165,7 +160,7 @@ def plot_mistakes(
     words = {"false alarm": "false alarms: {:,} of {:,} normal slices", "missed": "missed: {:,} of {:,} that bleed"}
     counts = mistakes.drop_duplicates("kind")[["kind", "mistakes", "among"]].itertuples(index=False)
     says = [words[kind].format(*numbers) for kind, *numbers in counts] or ["no call is known to be wrong"]
-    fig.suptitle(f"The surest mistakes, brain window{note and ', ' + note}\n{'; '.join(says)}")
+    fig.suptitle(f"The surest mistakes, brain window (40, 80) HU{note and ', ' + note}\n{'; '.join(says)}")
     return fig
 
 # %% ../nbs/24_explain.ipynb #24-029
@@ -179,22 +174,21 @@ def flatten_brain(
     "The slice with everything between air and bone at the HU of brain."
     return hu.masked_fill((hu > FLAT_HU[0]) & (hu < FLAT_HU[1]), BRAIN_HU)
 
-# %% ../nbs/24_explain.ipynb #24-032
+# %% ../nbs/24_explain.ipynb #24-n04
 def integrated_gradients(
     network,  # torch module in evaluation mode, (n, c, H, W) to (n, 6) logits
     x,  # (n, c, H, W) tensor, the network's input
     base,  # (n, c, H, W) tensor, the input with nothing in it
     labels: list[str],  # (n,) of LABELS, what to explain on each
-    steps: int = 4,  # on the way; 16 give the same map
 ) -> np.ndarray:  # (n, H, W) float32, what each pixel adds to the logit
-    "Where the logit comes from: about logit(x) - logit(base) in all, the more steps the closer."
+    "Where the logit comes from, in 4 steps (16 give the same map): about logit(x) - logit(base) in all."
     import torch
 
     columns, slope = [LABELS.index(label) for label in labels], torch.zeros_like(x)
-    for step in range(steps):
-        between = (base + (x - base) * (step + 0.5) / steps).requires_grad_(True)
+    for step in range(4):
+        between = (base + (x - base) * (step + 0.5) / 4).requires_grad_(True)
         score = network(between)[range(len(x)), columns].sum()
-        slope += torch.autograd.grad(score, between)[0] / steps
+        slope += torch.autograd.grad(score, between)[0] / 4
     return ((x - base) * slope).sum(1).numpy(force=True)
 
 # %% ../nbs/24_explain.ipynb #24-035
@@ -346,7 +340,7 @@ def pointing_words(
     what = f"{n} pairs of a held-out slice and its subtype, {patients} patients"
     return f"{says} and the bleeding (blue). The peak lies in it on {rates[MAP]} of {what}; {others}."
 
-# %% ../nbs/24_explain.ipynb #24-059
+# %% ../nbs/24_explain.ipynb #24-n05
 def plot_evidence(
     evidence: Evidence,  # of a few slices
     note: str = "",  # for the title, say "synthetic data"
@@ -355,8 +349,11 @@ def plot_evidence(
     import matplotlib.pyplot as plt
 
     n, masks, points = len(evidence.rows), evidence.masks or [], [highest_point(m) for m in evidence.maps]
-    fig, axes = plt.subplots(1, n, figsize=(max(7, 2.4 * n), 3.3), squeeze=False)
-    for i, ax in enumerate(axes[0]):
+    n_rows = -(-n // 3)
+    fig, axes = plt.subplots(n_rows, 3, figsize=(7.2, 0.7 + 2.6 * n_rows), squeeze=False)
+    for ax in axes.flat[n:]:
+        ax.axis("off")
+    for i, ax in enumerate(axes.flat[:n]):
         ax.imshow(window(evidence.hu[i], "brain"), vmin=0, vmax=1, extent=(0, 1, 1, 0))
         if evidence.maps[i].any():
             ax.plot(*points[i][::-1], "x", color="#E69F00", ms=9, mew=2)
@@ -365,7 +362,7 @@ def plot_evidence(
                 ax.contour(image, [0.5], colors=color, linewidths=1.2, extent=(0, 1, 0, 1))
         ax.set(title=evidence.rows["label"].iloc[i], xticks=[], yticks=[])
     found = f", in the bleeding (blue) on {sum(map(is_hit, points, masks))} of these {n}" if masks else ""
-    title = f"Integrated gradients, brain window{note and ', ' + note}"
+    title = f"Integrated gradients, brain window (40, 80) HU{note and ', ' + note}"
     fig.suptitle(f"{title}\norange: evidence over half; cross: its peak{found}")
     return fig
 

@@ -15,12 +15,10 @@ from .core import data_note, format_number, project_dir, read_stage, save_captio
 from .labels import LABELS, LABEL_COLORS, SUBTYPES, class_balance, class_weights, cooccurrence
 from .labels import plot_cooccurrence, read_combinations
 
-# %% ../nbs/40_paper.ipynb #40-007
-def read_paper(
-    csv: str | Path | None = None,  # columns id, what, where, value, see; the project's data/paper.csv by default
-) -> pd.DataFrame:  # index id; what, where, value (Int64, null where the text gives none), see (str)
-    "The statements of the paper."
-    table = pd.read_csv(csv or project_dir() / "data" / "paper.csv", comment="#", index_col="id")
+# %% ../nbs/40_paper.ipynb #40-n00
+def read_paper() -> pd.DataFrame:  # index id; what, where, value (Int64, null where the text gives none), see (str)
+    "The statements of the paper, data/paper.csv."
+    table = pd.read_csv(project_dir() / "data" / "paper.csv", comment="#", index_col="id")
     return table.astype({"value": "Int64"})
 
 # %% ../nbs/40_paper.ipynb #40-010
@@ -66,11 +64,11 @@ def plot_heat_map(
     title = "This data" + f" ({note})" * bool(note)
     return plot_cooccurrence({"RSNA": rsna} | ({} if ours.equals(rsna) else {title: ours}))
 
-# %% ../nbs/40_paper.ipynb #40-022
+# %% ../nbs/40_paper.ipynb #40-n01
 def compare_paper(
     labels: pd.DataFrame,  # six label columns, of this run
     cohort: pd.DataFrame,  # of this run, as notebook 09 writes it
-) -> pd.DataFrame:  # index id; what, where, paper, ours (Int64, null where there is none), verdict (str)
+) -> pd.DataFrame:  # index id; what, paper, ours (Int64, null where there is none), verdict (str), where
     "What the paper says beside what we get. What needs pixels is counted where each slice with hemorrhage has a file."
     table, positive = read_paper().rename(columns={"value": "paper"}), int(labels["any"].sum())
     counts = {"slices": len(labels), "normal": len(labels) - positive, "positive": positive}
@@ -85,7 +83,7 @@ def compare_paper(
     other = f"different: {'the rule is inferred from the arithmetic' if same else 'this is another dataset'}"
     cases = (case.to_numpy(bool, na_value=False) for case in (stated.isna(), ours.isna(), ours == stated))
     table["verdict"] = np.select(list(cases), [table["see"], no_file, "equal"], other)
-    return table[["what", "where", "paper", "ours", "verdict"]]
+    return table[["what", "paper", "ours", "verdict", "where"]]
 
 # %% ../nbs/40_paper.ipynb #40-027
 def make_paper(

@@ -8,7 +8,7 @@ __all__ = ['DELIVERED', 'REFIT', 'THICKNESS', 'MOST_GROUPS', 'DISTANCE', 'read_p
            'group_answers', 'recall_training', 'histogram_table', 'histogram_distance', 'plot_histogram', 'shift_table',
            'compare_published', 'Judged', 'position_table', 'find_mistakes', 'headline', 'format_headline']
 
-# %% ../nbs/28_transfer.ipynb #28-002
+# %% ../nbs/28_transfer.ipynb #28-n13
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from .cohort import HU_COLUMNS, HU_EDGES
 from .metrics import ESTIMATE, Estimate, draw_patients, find_estimate, label_metrics, metric_rows
 from .controls import auc_at_same_position
 from .calibrate import Level, cross_fit, fit_platt
-from .evaluate import reliability_table, threshold_table
+from .evaluate import draw_reliability, reliability_table, threshold_table
 from .explain import Groups
 
 # %% ../nbs/28_transfer.ipynb #28-007
@@ -122,7 +122,7 @@ def calibration_table(
             rows.append({"label": label, "probabilities": name} | counts | found | maps)
     return pd.DataFrame(rows)
 
-# %% ../nbs/28_transfer.ipynb #28-n13
+# %% ../nbs/28_transfer.ipynb #28-n31
 def plot_transfer(
     levels: dict[str, Level],  # of `judge`
     note: str = "",  # for the title, say "synthetic data"
@@ -140,9 +140,7 @@ def plot_transfer(
         ax.plot([0, 1], [0, 1], color="black", lw=0.8, ls=":")
         for color, name in zip((COLORS[0], COLORS[4]), levels, strict=False):
             r = table[table["label"].eq(label) & table["level"].eq(name)]
-            ends = [r["observed"] - r["low"], r["high"] - r["observed"]]
-            ends = [end.astype(float).clip(lower=0).fillna(0) for end in ends]
-            ax.errorbar(r["predicted"], r["observed"], ends, color=color, lw=1.2, marker="o", ms=3, label=name)
+            draw_reliability(ax, r, color, name)
         ax.set(title=label, xlim=(0, 1), ylim=(0, 1), xlabel="predicted probability")
     axes[0, 0].set_ylabel("observed share")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from ich_fastai.cache import Cache
 from ich_fastai.controls import FAINT, auc_at_same_position, control_rows, controls, find_blobs, paint_over
-from ich_fastai.controls import relative_height, true_masks
+from ich_fastai.controls import header_scores, relative_height, true_masks
 from ich_fastai.metrics import draw_patients
 from ich_fastai.phantom import read_mask
 from ich_fastai.tiny import tiny_cohort, tiny_phantom
@@ -54,6 +54,14 @@ def test_what_is_undefined_says_why(y, height, patients, note):
     score = np.arange(len(y), dtype=float)
     row = control_rows("any", np.array(y), {"network": score}, np.array(height), *draw_patients(patients, 5))[1]
     assert row["note"] == note and (row["value"] is None) == note.startswith("undefined")
+
+
+def test_where_no_header_is_known_there_is_no_score_of_headers():
+    cohort, slices = (pd.read_parquet(tiny_cohort() / f"{name}.parquet") for name in ("cohort", "slices"))
+    cohort = cohort.set_index("SOPInstanceUID", drop=False)
+    rows = cohort[cohort["fold"] == 0]
+    assert np.isfinite(header_scores(slices, cohort, rows)).all()
+    assert np.isnan(header_scores(slices.assign(BitsStored=pd.NA), cohort, rows)).all()
 
 
 def test_a_series_of_one_slice_lies_in_the_middle():
