@@ -5,12 +5,11 @@ import re
 from dataclasses import replace
 from functools import partial
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import run_cells
 
 from ich_fastai.adopt import adopt, find_heights
 from ich_fastai.arms import train_arms
@@ -50,17 +49,6 @@ def test_the_loss_is_that_of_the_known_labels_alone(kind, known):
     assert loss.item() == pytest.approx((each * weight / weight.mean()).mean().item(), rel=1e-5)
     loss.backward()
     assert np.flatnonzero(logits.grad.abs().sum(0)).tolist() == at
-
-
-def run_cells(name, **params):
-    "The cells of a notebook, in this process, with these parameters."
-    space: dict = {"__name__": "__main__"}
-    for k, cell in enumerate(json.loads((PROJECT / "nbs" / f"{name}.ipynb").read_text())["cells"], 1):
-        tags = cell["metadata"].get("tags", [])
-        if cell["cell_type"] == "code" and "skip-execution" not in tags:
-            exec(compile("".join(cell["source"]), f"{name}, cell {k}", "exec"), space)
-        space |= params if "parameters" in tags else {}
-    matplotlib.pyplot.close("all")
 
 
 @pytest.fixture(scope="module")

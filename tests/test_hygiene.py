@@ -19,7 +19,7 @@ import house
 NOTEBOOKS = sorted((PROJECT / "nbs").glob("*.ipynb"))
 TRACKED = [
     f
-    for f in subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True).stdout.split("\n")
+    for f in subprocess.check_output(["git", "ls-files"], cwd=PROJECT, text=True).splitlines()
     if (PROJECT / f).is_file()
 ]
 TEXT = [
@@ -41,6 +41,10 @@ def script(name):
 
 def cells(notebook):
     return json.loads(notebook.read_text())["cells"]
+
+
+def test_what_is_committed_is_known():
+    assert len(TRACKED) > 100 and len(TEXT) > 90
 
 
 def test_the_rooms_of_the_house_are_there():
