@@ -2,17 +2,21 @@
 
 python benchmarks/loader.py [--slices 2000] [--size 256] [--rounds 5]
 python benchmarks/loader.py --reads [--slices 12000]
+python benchmarks/loader.py --shards 659
 
 plain:      one HU channel of each slice gathered into a batch, one thread; ImageBlock with 2 workers, no augmentation.
 augmented:  affine, noise, three jittered windows, normalized; ImageBlock with aug_transforms and Normalize; on the CPU.
 reads:      batches of 64 slices in random order by `Cache.gather`, and from plain memory maps; from a cold disk (pages
             dropped) and warm; and the bytes that the disk gave for each byte that was wanted.
+shards:     batches of 192 slices from random places, as 64 slices with their neighbors are, in 200 shards and in more
+            than a process holds open (RSNA has 659); each shard 1,024 slices of 8 px, so that the bytes do not matter.
 The slices are copies of the tiny phantom's, each at its own place in the cache. Without --reads the page cache is warm.
 """
 
 import argparse
 import gc
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -26,7 +30,7 @@ import torch
 
 from ingest import copy_slices
 
-from ich_fastai.cache import SHARD_ROWS, Cache, shard_paths
+from ich_fastai.cache import SHARD_ROWS, Cache, save_settings, save_shard, shard_paths
 from ich_fastai.batches import Augment, Buffer, Settings, SliceBatches
 from ich_fastai.dicom import window
 from ich_fastai.ingest import ingest
@@ -161,16 +165,44 @@ def compare_reads(scratch, n, size, rounds):
         print(f"{state}: {a:9,.0f} slices/s, plain memory maps {b:9,.0f}   {ratios}", flush=True)
 
 
+def write_shards(folder, n, size=8):
+    "A cache of `n` shards, all with the same slices."
+    hu = np.random.default_rng(0).integers(-1000, 1000, (SHARD_ROWS, size, size), dtype=np.int16)
+    save_settings(folder, size)
+    save_shard(folder, 0, size, [(x, {"file": f"{k}.dcm"}) for k, x in enumerate(hu)])
+    for number in range(1, n):
+        for first, path in zip(shard_paths(folder, 0), shard_paths(folder, number), strict=True):
+            shutil.copy(first, path)
+
+
+def compare_shards(scratch, n, rounds, batch=192):
+    "Milliseconds a batch where all shards can be open at once, and where they cannot."
+    write_shards(scratch / "cache", n)
+    for shards in (200, n):
+        cache, rng = Cache(scratch / "cache"), np.random.default_rng(0)
+        cache.gather(np.arange(shards) * SHARD_ROWS)  # each shard's table is read once
+        times = []
+        for _ in range(20 * rounds):
+            addresses, start = rng.integers(shards * SHARD_ROWS, size=batch), time.perf_counter()
+            cache.gather(addresses)
+            times.append(1000 * (time.perf_counter() - start))
+        print(f"{shards} shards: {statistics.median(times):.1f} ms a batch of {batch} slices", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slices", type=int, default=2000)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--reads", action="store_true", help="random reads, cold and warm")
+    parser.add_argument("--shards", type=int, default=0, help="random places in so many shards")
     args = parser.parse_args()
-    print(f"{args.slices:,} slices at {args.size} px, {args.rounds} rounds; {os.cpu_count()} cores,", torch.__version__)
+    print(f"{args.rounds} rounds; {os.cpu_count()} cores,", torch.__version__)
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
+        if args.shards:
+            return compare_shards(scratch, args.shards, args.rounds)
+        print(f"{args.slices:,} slices at {args.size} px")
         if args.reads:
             return compare_reads(scratch, args.slices, args.size, args.rounds)
         cohort = make_cohort(scratch, args.slices, args.size)

@@ -35,7 +35,7 @@ def name_series(
     alone = slices["SOPInstanceUID"].where(ids[0].eq("") & ids[1].eq(""), "")
     return uid.where(uid.ne(""), "no SeriesInstanceUID: " + ids[0] + "|" + ids[1] + "|" + size + "|" + alone)
 
-# %% ../nbs/09_cohort.ipynb #09-010
+# %% ../nbs/09_cohort.ipynb #09-n03
 def join_labels(
     labels: pd.DataFrame,  # index SOPInstanceUID, six label columns
     slices: pd.DataFrame,  # a row per DICOM file, as notebook 08 writes it
@@ -47,6 +47,8 @@ def join_labels(
         what = f"no label for any DICOM file: {len(slices):,} there, {len(good):,} readable; {len(labels):,} labels"
         raise InputError(f"{what}: do the label CSV and the folder belong together?")
     joined["SeriesInstanceUID"] = name_series(joined)
+    patient, study = (joined[name].fillna("") for name in ("PatientID", "StudyInstanceUID"))
+    joined["StudyInstanceUID"] = study.where(study.ne(""), "no StudyInstanceUID: " + patient)
     order = ["PatientID", "StudyInstanceUID", "SeriesInstanceUID", "z_mm", "SOPInstanceUID"]
     return joined.sort_values(order, ignore_index=True)
 
@@ -82,15 +84,19 @@ def input_addresses(
     columns = [name for name in sorted(steps, key=lambda name: steps[name]) if abs(steps[name]) <= neighbors]
     return cohort[columns].to_numpy("int64")
 
-# %% ../nbs/09_cohort.ipynb #09-021
+# %% ../nbs/09_cohort.ipynb #09-n06
 @checked
 def assign_folds(
     cohort: pd.DataFrame,  # PatientID and six label columns
     n_folds: int = 5,  # 2 to 100
     seed: int = 42,  # of the shuffle
 ) -> pd.Series:  # (n,) int8 in 0 ... n_folds - 1
-    "A fold per slice: the same for all slices of a patient, the label sets dealt evenly."
+    "A fold per slice, one for a patient, label sets dealt evenly. Raises `InputError` for fewer patients than folds."
     patients = cohort.groupby("PatientID")[list(LABELS)].max().sort_index()
+    if len(patients) < n_folds:
+        unnamed = cohort["PatientID"].eq("").sum()
+        why = f"; {unnamed:,} slices have no PatientID: all of these count as one patient" if unnamed else ""
+        raise InputError(f"{len(patients)} patient{'s' * (len(patients) > 1)} for {n_folds} folds: too few{why}")
     pattern = fill_labels(patients) @ (1 << np.arange(len(LABELS)))
     shuffled = np.random.default_rng(seed).permutation(len(patients))
     order = shuffled[np.argsort(pattern[shuffled], kind="stable")]
@@ -116,12 +122,10 @@ def plot_brain_fraction(
     ax.legend()
     return fig
 
-# %% ../nbs/09_cohort.ipynb #09-029
-def read_exclusions(
-    csv: str | Path | None = None,  # columns id, reason; the project's data/exclusions.csv by default
-) -> pd.Series:  # index id, values reason
+# %% ../nbs/09_cohort.ipynb #09-n08
+def read_exclusions() -> pd.Series:  # index id, values reason
     "Known bad slices and why they are left out."
-    return pd.read_csv(csv or project_dir() / "data" / "exclusions.csv", comment="#", index_col="id")["reason"]
+    return pd.read_csv(project_dir() / "data" / "exclusions.csv", comment="#", index_col="id")["reason"]
 
 # %% ../nbs/09_cohort.ipynb #09-n00
 COHORT_COLUMNS = (

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['NO_FILES', 'CQ500_NAMES', 'KEYS', 'ADAPTERS', 'read_datasets', 'find_facts', 'check_independent', 'Dataset',
-           'read_dicom', 'read_csv', 'to_labels', 'join_files', 'read_cq500', 'read_boxes', 'find_folder', 'open_cq500',
+           'read_dicom', 'read_csv', 'to_labels', 'join_files', 'read_cq500', 'find_folder', 'open_cq500',
            'list_headers', 'join_headers', 'open_headers', 'open_rsna', 'open_folder', 'stack_volume', 'read_numbered',
            'open_volumes', 'open_ct_ich', 'open_instance', 'open_pictures', 'open_dataset']
 
-# %% ../nbs/38_datasets.ipynb #38-002
-import json
+# %% ../nbs/38_datasets.ipynb #38-n00
 import math
 import re
 import weakref
@@ -33,12 +32,12 @@ from .images import list_sources, read_images
 from .series import Stack, look_at, read_series, stack_slices, survey_study
 from .predict import SERIES_COLUMNS
 
-# %% ../nbs/38_datasets.ipynb #38-006
-def read_datasets(
-    csv: str | Path | None = None,  # the project's data/datasets.csv by default
-) -> pd.DataFrame:  # index name; title, get, terms, layout, labels, level, independent, hu, note, traps: str
+# %% ../nbs/38_datasets.ipynb #38-n02
+def read_datasets() -> (
+    pd.DataFrame
+):  # index name; title, get, terms, layout, labels, level, independent, hu, note, traps: str
     "What is known of each dataset."
-    path = csv or project_dir() / "data" / "datasets.csv"
+    path = project_dir() / "data" / "datasets.csv"
     return pd.read_csv(path, comment="#", index_col="name", dtype=str).fillna("")
 
 # %% ../nbs/38_datasets.ipynb #38-008
@@ -62,7 +61,7 @@ def check_independent(
         why = (not same and facts["note"]) or "22_evaluate reports on its held-out patients"
         raise InputError(f"{facts.name}: refused: the model {how}; {why}")
 
-# %% ../nbs/38_datasets.ipynb #38-011
+# %% ../nbs/38_datasets.ipynb #38-n03
 @dataclass(frozen=True)
 class Dataset:
     "Labels and studies of another hospital."
@@ -75,7 +74,6 @@ class Dataset:
     reasons: dict[str, str] = field(default_factory=dict)  # study: why it cannot be used; grows as studies are read
     series: dict[str, pd.DataFrame] = field(default_factory=dict)  # study: its series and which was chosen; likewise
     folder: Path = Path()  # where it lies
-    boxes: pd.DataFrame | None = None  # of hemorrhages, where known: SOPInstanceUID, label, x, y, width, height in px
 
     def read(
         self,
@@ -185,21 +183,7 @@ def read_cq500(csv: Path) -> pd.DataFrame:  # reads.csv
     y = to_labels(y.where(votes.isin([0, 1]).all(axis=1), math.nan), csv)
     return y.assign(PatientID=y.index, study=y.index, category=table["Category"])
 
-# %% ../nbs/38_datasets.ipynb #38-023
-def read_boxes(folder: Path) -> pd.DataFrame | None:  # CQ500's, with the CSV of BHX somewhere in it
-    "Boxes around hemorrhages: SOPInstanceUID, label, x, y, width, height (px); None where the CSV is not there."
-    found = sorted([*folder.glob("*Selected_Series.csv"), *folder.glob("*/*Selected_Series.csv")])
-    if not found:
-        return None
-    table = read_csv(found[0], ("SOPInstanceUID", "labelName", "data"))
-    try:
-        sides = pd.DataFrame([json.loads(box.replace("'", '"')) for box in table["data"]])
-        sides = sides[["x", "y", "width", "height"]].astype(float)
-    except (ValueError, KeyError, AttributeError) as e:
-        raise InputError(f"{found[0]}: a box that is not {{'x': .., 'y': .., 'width': .., 'height': ..}}") from e
-    return table[["SOPInstanceUID"]].assign(label=table["labelName"].str.lower()).join(sides)
-
-# %% ../nbs/38_datasets.ipynb #38-024
+# %% ../nbs/38_datasets.ipynb #38-n04
 def find_folder(folder: str | Path, name: str) -> Path:  # the dataset's; its name
     "The folder. Raises `InputError` where it is none."
     if not Path(folder).is_dir():
@@ -208,7 +192,7 @@ def find_folder(folder: str | Path, name: str) -> Path:  # the dataset's; its na
 
 
 def open_cq500(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
-    "CQ500; with boxes where those of BHX are there."
+    "CQ500."
     csv, found = csv or folder / "reads.csv", dict[str, list[Path]]()
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         if (match := re.match(r"CQ500[- ]?CT[- ]?(\d+)", path.name)) and path.is_dir():
@@ -217,7 +201,7 @@ def open_cq500(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
         raise InputError(f"{folder}: has no folder CQ500CT<N> CQ500CT<N>; give the one that holds all studies")
     labels = read_cq500(csv)
     studies, reasons = join_files(labels, found, csv)
-    return Dataset(facts, "study", labels, studies, partial(read_dicom, found), reasons, boxes=read_boxes(folder))
+    return Dataset(facts, "study", labels, studies, partial(read_dicom, found), reasons)
 
 # %% ../nbs/38_datasets.ipynb #38-027
 KEYS = {"SOPInstanceUID": "slice", "StudyInstanceUID": "study", "folder": "study"}

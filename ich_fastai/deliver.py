@@ -62,19 +62,19 @@ def read_studies(
             slices = predict_survey(model, survey, seen if pixels else None, decoder)
             yield Study(name, slices, survey, seen, lost)
 
-# %% ../nbs/36_deliver.ipynb #36-011
+# %% ../nbs/36_deliver.ipynb #36-n00
 def summarize_series(
     slices: pd.DataFrame,  # as `predict_survey` gives it
     card: dict,  # model.json
     each: bool = False,  # a row for each series instead of one for each study
-) -> pd.DataFrame:  # as `summarize_studies` gives it, with the series
+) -> pd.DataFrame:  # as `summarize_studies` gives it, with the series; a study's UID once for each of its series
     "A row per study, or per series, with the series that it was judged by."
     key = slices["StudyInstanceUID"]
     if each:
         key = key + " series " + slices["SeriesInstanceUID"]
     table = summarize_studies(slices.assign(StudyInstanceUID=key), card)
     first = slices[slices["error"].isna()].assign(key=key).drop_duplicates("key").set_index("key")
-    return table.join(first[["SeriesInstanceUID", *DETAILS.values()]]).rename_axis("StudyInstanceUID")
+    return table.join(first[["StudyInstanceUID", "SeriesInstanceUID", *DETAILS.values()]]).set_index("StudyInstanceUID")
 
 # %% ../nbs/36_deliver.ipynb #36-014
 MOST, MOST_NOTES = 40, 5  # rows of a table, things to mind
@@ -128,7 +128,7 @@ class Screen:
         end = f"{n:,} image{'s' * (n != 1)}, {m:,} not used; written to {tables.paths[0]}."
         return "\n\n".join([*parts, "\n".join([*lines, end])])
 
-# %% ../nbs/36_deliver.ipynb #36-017
+# %% ../nbs/36_deliver.ipynb #36-n02
 Writer = Callable[[Model, Study], object]
 
 
@@ -169,7 +169,8 @@ def predict_export(
             writer(model, study)
         about = {"images": len(study.slices), "unused": unused, "used": bool(found["used"].any())}
         tables.add(study.uid, [study.slices, shown.reset_index(), study.tabulate_series()], about)
-        screen.add(found, shown, list_notes(found, find_geometry(model.card)))
+        named = shown.set_index("SeriesInstanceUID") if all_series else shown
+        screen.add(found, named, list_notes(found, find_geometry(model.card)))
         done += len(study.slices)
         progress("studies read", len(tables.finished), tables.studies, (done - skipped) / (n - skipped))
     if not any(row["used"] for row in tables.finished.values()):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SERIES', 'View', 'draw_blood', 'draw_view', 'save_dataset', 'make_image', 'write_view', 'draw_text', 'draw_scout',
-           'write_capture', 'write_report', 'write_enhanced', 'write_export']
+           'write_capture', 'write_dose_report', 'write_enhanced', 'write_export']
 
 # %% ../nbs/91_exports.ipynb #91-002
 from collections.abc import Sequence
@@ -142,13 +142,10 @@ def write_view(
         paths.append(save_dataset(ds, Path(folder) / f"IM{k + 1:04d}"))
     return paths
 
-# %% ../nbs/91_exports.ipynb #91-019
-def draw_text(
-    size: int = 256,  # px
-    seed: int = 0,
-) -> np.ndarray:  # (size, size) float32; 0 and 255
+# %% ../nbs/91_exports.ipynb #91-n02
+def draw_text() -> np.ndarray:  # (256, 256) float32; 0 and 255
     "A screen of text, as lines of random words look."
-    rng = make_rng(seed, 3)
+    rng, size = make_rng(0, 3), 256
     page: np.ndarray = np.zeros((size, size), np.float32)
     for y in range(8, size - 12, 14):
         x = 8
@@ -158,10 +155,10 @@ def draw_text(
             x += width + 6
     return page
 
-# %% ../nbs/91_exports.ipynb #91-020
-def draw_scout(head: Head, size: int = 128) -> np.ndarray:  # (size, size) float32, HU of a sort
+# %% ../nbs/91_exports.ipynb #91-n03
+def draw_scout(head: Head) -> np.ndarray:  # (128, 128) float32, HU of a sort
     "The head projected from the side."
-    view = View((0, 1, 0), (0, 0, -1), (-70, 0, 0), step=10, n=15, field=280, size=size, noise=0)
+    view = View((0, 1, 0), (0, 0, -1), (70, 0, 0), step=5, n=29, field=280, noise=0)
     rng = make_rng(0)
     return np.mean([draw_view(head, [], view, k, rng) for k in range(view.n)], 0)
 
@@ -174,7 +171,7 @@ def write_capture(path: str | Path, ids: dict[str, str], **tags) -> Path:
     return save_dataset(make_image(draw_text(), ids, **(about | tags)), path)
 
 # %% ../nbs/91_exports.ipynb #91-023
-def write_report(path: str | Path, ids: dict[str, str]) -> Path:
+def write_dose_report(path: str | Path, ids: dict[str, str]) -> Path:
     "A radiation dose report without pixels."
     about: dict = dict(SOPClassUID=XRayRadiationDoseSRStorage, SOPInstanceUID=f"{ids['SeriesInstanceUID']}.1")
     ds = _set_tags(Dataset(), about | dict(Modality="SR", SeriesDescription="Dose SR", **ids))
@@ -249,7 +246,7 @@ def write_export(
         if name == "capture":
             write_capture(home / "IM0001", **rest)
         elif name == "report":
-            write_report(home / "IM0001", ids)
+            write_dose_report(home / "IM0001", ids)
         elif name == "enhanced":
             write_enhanced(home / "IM0001", head, bleeds, View(size=128 // shrink), **rest)
         elif name == "scout":

@@ -6,7 +6,7 @@
 __all__ = ['CUT_OFF', 'PICTURE_COLUMNS', 'PICTURE_SETS', 'MARGIN', 'to_picture', 'to_hu', 'read_picture', 'read_picture_labels',
            'PictureSet', 'skull_box', 'head_frame']
 
-# %% ../nbs/26_external.ipynb #26-002
+# %% ../nbs/26_external.ipynb #26-n00
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from .core import DicomError, InputError, Window, name_some, window
+from .core import AIR, DicomError, InputError, Window, name_some, window
 from .labels import LABELS, SUBTYPES
 from .dicom import read_file
 
@@ -26,8 +26,8 @@ def to_picture(
     "A slice as a picture, as such datasets hold it."
     return np.rint(window(hu, burned) * 255).astype(np.uint8)
 
-# %% ../nbs/26_external.ipynb #26-010
-CUT_OFF = {0: -1000, 255: 800}  # HU of air and of bone, for what the window cut off
+# %% ../nbs/26_external.ipynb #26-n02
+CUT_OFF = {0: AIR, 255: 800}  # HU of air and of bone, for what the window cut off
 
 
 def to_hu(
@@ -111,7 +111,7 @@ def skull_box(
     outlines = cv2.findContours((hu > 100).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
     return tuple(cv2.boundingRect(max(outlines, key=cv2.contourArea))) if outlines else (0, 0, 0, 0)
 
-# %% ../nbs/26_external.ipynb #26-023
+# %% ../nbs/26_external.ipynb #26-n04
 MARGIN = 1.15  # side of the frame, in lengths of the skull
 
 
@@ -122,7 +122,7 @@ def head_frame(
     boxes = np.array([skull_box(hu) for hu in series], float)
     lengths = boxes[:, 2:].max(1)
     length = float(np.quantile(lengths, 0.8))
-    if length < series.shape[-1] / 8:
+    if length < series.shape[-1] / 3:  # a field of view of 50 cm and more, or no outline of a skull
         return 0.0, 0.0, float(series.shape[-1])
     whole = boxes[lengths > 0.85 * length]
     x, y = np.median(whole[:, :2] + whole[:, 2:] / 2, axis=0) - MARGIN * length / 2

@@ -7,12 +7,12 @@ __all__ = ['VERSION', 'GRID', 'HU', 'CELL', 'FIELD', 'make_rng', 'ellipsoid', 's
            'double_size', 'Head', 'draw_head', 'Points', 'locate', 'plot_tiles', 'find_tissue', 'draw_matter',
            'paint_fluids', 'paint_calcifications', 'close_skull']
 
-# %% ../nbs/03_head.ipynb #03-002
+# %% ../nbs/03_head.ipynb #03-n00
 from typing import NamedTuple
 
 import numpy as np
 
-from .dicom import WINDOWS, window
+from .core import WINDOWS, name_window, window
 
 # %% ../nbs/03_head.ipynb #03-006
 VERSION = 5  # of the phantom: raised whenever a seed gives other bytes
@@ -196,16 +196,15 @@ def locate(head: Head, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> Points:  
     outer = _skull(head, x, y, z)
     return Points(x, y, z, rough, sulci, outer, outer + head.skull, _floor(x, y, rough) - z)
 
-# %% ../nbs/03_head.ipynb #03-051
+# %% ../nbs/03_head.ipynb #03-n01
 def plot_tiles(
     tiles: dict[str, np.ndarray],  # title: (h, w), HU, or 0 to 1 where `name` is no window
     name: str = "brain",  # a key of WINDOWS, or another title
-    columns: int = 4,
 ):  # matplotlib Figure; axes[k] holds tile k
-    "CT tiles of 160 px, with the window named above them."
+    "CT tiles of 160 px, three in a row, with the window named above them."
     import matplotlib.pyplot as plt
 
-    columns = min(columns, len(tiles))
+    columns = min(3, len(tiles))
     rows = -(-len(tiles) // columns)
     fig, gray = plt.figure(figsize=(1.7 * columns, 1.85 * rows + 0.35)), plt.get_cmap("gray", 16)  # few levels: small
     for k, (title, x) in enumerate(tiles.items()):
@@ -213,7 +212,7 @@ def plot_tiles(
         x = window(x, name) if name in WINDOWS else x
         ax.imshow(x, vmin=0, vmax=1, cmap=gray, interpolation_stage="data")
         ax.axis("off")
-    fig.suptitle("{} window: center {}, width {} HU".format(name, *WINDOWS[name]) if name in WINDOWS else name)
+    fig.suptitle(name_window(name) if name in WINDOWS else name)
     return fig
 
 # %% ../nbs/03_head.ipynb #03-054

@@ -7,7 +7,7 @@ __all__ = ['MAX_MEMBERS', 'TEXT', 'WHOSE', 'NUMBERS', 'CT_CLASSES', 'NO_SLICE', 
            'read_directory', 'list_sources', 'read_tags', 'split_frames', 'words', 'refuse_image', 'walk_images',
            'tabulate_images', 'read_images', 'is_other', 'name_studies', 'Export', 'index_export']
 
-# %% ../nbs/15_images.ipynb #15-002
+# %% ../nbs/15_images.ipynb #15-n00
 import io
 import os
 import pickle
@@ -25,11 +25,11 @@ import pandas as pd
 
 from .core import MAX_BYTES, DicomError, InputError, open_file, printable
 from .workers import Helper, WorkerLost
-from .dicom import _convert, _read_dataset
+from .labels import ZIP_ERRORS
+from .dicom import _convert, _read_dataset, slice_position
 from .cache import DECODE_BYTES, DECODE_SECONDS
-from .geometry import upright_position
 
-# %% ../nbs/15_images.ipynb #15-007
+# %% ../nbs/15_images.ipynb #15-n03
 class Source(NamedTuple):
     "A file to try."
 
@@ -52,9 +52,9 @@ def unpack_zip(path: Path, scratch: Path) -> Iterator[Source]:  # a zip; a folde
                 with packed.open(member) as file, open(handle, "wb") as out:
                     out.write(file.read(16 * MAX_BYTES))
                 yield Source(f"{path}/{member.filename}", to)
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, ValueError) as e:
-        if isinstance(e, InputError):
-            raise
+    except InputError:
+        raise
+    except ZIP_ERRORS as e:
         raise InputError(f"{path}: a zip that cannot be read ({e}); unpack it and give the folder") from e
 
 # %% ../nbs/15_images.ipynb #15-008
@@ -72,7 +72,7 @@ def read_directory(path: Path) -> list[Source]:  # a DICOMDIR
         raise InputError(f"{path}: a DICOMDIR that cannot be read; give its folder instead") from e
     return [Source(str(path.parent / name), str(path.parent / name)) for name in names]
 
-# %% ../nbs/15_images.ipynb #15-010
+# %% ../nbs/15_images.ipynb #15-n04
 def _name_plainly(path: str, scratch: str | Path) -> str:
     "The path, or a link to it where its name is no text in UTF-8, which a table cannot hold."
     try:
@@ -82,6 +82,16 @@ def _name_plainly(path: str, scratch: str | Path) -> str:
         os.symlink(os.path.abspath(path), link)
         return link
     return path
+
+
+def _try_zip(path: str, scratch: str | Path, named: bool) -> list[Source]:
+    "The files of a zip; where it cannot be read and was not asked for by name, the zip itself."
+    try:
+        return [*unpack_zip(Path(path), Path(scratch))]
+    except InputError:
+        if named:
+            raise
+        return [Source(path, _name_plainly(path, scratch))]
 
 
 def list_sources(
@@ -100,7 +110,7 @@ def list_sources(
             raise InputError(f"{given}: no such file or folder, or nothing in it; give DICOM files or a folder of them")
         for path in found:
             if os.path.isfile(path) and zipfile.is_zipfile(path):
-                sources += unpack_zip(Path(path), Path(scratch))
+                sources += _try_zip(path, scratch, named=path == str(given))
             elif path == str(given) and given.name.upper() == "DICOMDIR":
                 sources += read_directory(given)
             else:
@@ -244,12 +254,14 @@ def refuse_image(tags: dict) -> str:  # of `read_tags`
         return "text burned into the image: BurnedInAnnotation is YES"
     return ""
 
-# %% ../nbs/15_images.ipynb #15-022
+# %% ../nbs/15_images.ipynb #15-n07
 def _read_source(path: str, helper: Helper) -> dict | list[bytes]:
     "What `read_tags` gives of a file, in the helper process; `error` where nothing can be read."
     try:
         with open_file(path, 16 * MAX_BYTES) as (file, about):  # an enhanced file holds a series
             data = file.read(132)
+            if data[:4] == b"PK\3\4":
+                raise DicomError("a zip that cannot be read; unpack it and give the folder")
             if about.st_size > MAX_BYTES and data[128:] != b"DICM":
                 raise DicomError(f"file too large: {about.st_size} bytes")
             data += b"".join(iter(lambda: file.read(about.st_size), b""))
@@ -291,13 +303,13 @@ def walk_images(
                     about = {"file": source.name, "path": path, "frame": frame, "error": tags["error"]}
                     yield about | empty | known
 
-# %% ../nbs/15_images.ipynb #15-023
+# %% ../nbs/15_images.ipynb #15-n08
 def tabulate_images(
     rows: Iterable[dict],  # of `walk_images`
 ) -> pd.DataFrame:  # a row per image: as `walk_images` has it, z_mm, folder
     "Images as a table."
     table = pd.DataFrame(rows, columns=["file", "path", "frame", "error", *TEXT, *NUMBERS])
-    z = map(upright_position, table["ImagePositionPatient"], table["ImageOrientationPatient"])
+    z = map(slice_position, table["ImagePositionPatient"], table["ImageOrientationPatient"])
     return table.assign(z_mm=[*z], folder=table["file"].map(os.path.dirname))
 
 

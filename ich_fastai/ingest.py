@@ -182,7 +182,7 @@ class Monitor:
         self.count(int(shard["bytes"].sum()), len(shard))
         self.check(shard)
 
-# %% ../nbs/08_ingest.ipynb #08-032
+# %% ../nbs/08_ingest.ipynb #08-n00
 def _write_todo(job: Job, monitor: Monitor) -> None:
     "Write the job's shards: on its executor, or here and in a local pool."
     write = partial(write_shard, dicom_dir=str(job.dicom_dir), cache_dir=str(job.cache_dir), size=job.size)
@@ -194,7 +194,7 @@ def _write_todo(job: Job, monitor: Monitor) -> None:
     if job.executor:
         run_shards(job.todo, write, partial(nullcontext, job.executor), monitor.report)
     elif n_pool > 0:
-        spawn = multiprocessing.get_context("spawn")  # fork is not safe beside torch's threads
+        spawn = multiprocessing.get_context("spawn")  # not local_pool: after an error shards under way are finished
         pool = partial(ProcessPoolExecutor, n_pool, mp_context=spawn, initializer=end_with_parent)
         run_shards(job.todo, write, pool, monitor.report, here, 2 * n_pool)
     else:

@@ -105,7 +105,7 @@ def stand_for(
     ds.SOPClassUID = image.SOPClassUID or next(iter(CT_CLASSES))  # RSNA's files do not say that they are CT
     return ds
 
-# %% ../nbs/33_objects.ipynb #33-018
+# %% ../nbs/33_objects.ipynb #33-n03
 RESEARCH = "research only - not a medical device"
 SIDE, PANEL, BAR = 512, 330, 34  # px: of the slice, the text beside it, the bar above both
 
@@ -127,11 +127,11 @@ def draw_picture(
     for x, mark in ((8, "R"), (SIDE - 22, "L")) if upright else ():
         pen.text((x, BAR + SIDE // 2 - 12), mark, fill="white", font=large)
     for k, columns in enumerate(lines):
-        for x, text in zip((14, 146, 204, 262), columns, strict=False):
+        for x, text in zip((14, 142, 198, 276), columns, strict=False):
             pen.text((SIDE + x, BAR + 12 + 22 * k), text, fill="white", font=small)
     return np.asarray(page)
 
-# %% ../nbs/33_objects.ipynb #33-020
+# %% ../nbs/33_objects.ipynb #33-n04
 def tell_study(
     slices: pd.DataFrame,  # of `predict_survey`, readable ones of one study, in order
     card: dict,  # model.json
@@ -141,17 +141,23 @@ def tell_study(
     answer, cuts = summarize_studies(slices, card).iloc[0], card["thresholds"].get("study", {})
     top = int(slices["any"].to_numpy(float).argmax())
     of = slices.iloc[top]
-    lines: list[tuple[str, ...]] = [("probability of", "study", "cut", "slice")]
+    lines: list[tuple[str, ...]] = [("probability of", "study", "threshold", "slice")]
     for label in answer[list(LABELS)].dropna().index:
-        mark, cut = (
-            "+" * int(answer[f"call_{label}"] is not pd.NA and answer[f"call_{label}"] == 1),
-            cuts.get(label, {}),
-        )
-        shown = f"{cut['threshold']:.2f}" if cut.get("threshold") is not None else "none"
+        call, threshold = answer[f"call_{label}"], cuts.get(label, {}).get("threshold")
+        mark = "+" * int(pd.notna(call) and call == 1)
+        shown = "none" if threshold is None else f"{threshold:.2f}"
         lines.append((label, f"{answer[label]:.2f} {mark}", shown, f"{of[label]:.2f}"))
     z = f", at {of['z_mm']:.1f} mm" if pd.notna(of["z_mm"]) else ""
-    lines += [(), ("+ called present at the cut",), (f"slice {top + 1} of {len(slices)}{z}: most `any`",)]
-    lines += [("brain window, 40 +- 40 HU",), (), (f"ich_fastai {about['versions']['ich_fastai']}",)]
+    lines += [
+        (),
+        ("+ called present: at or above the threshold",),
+        (f"slice {top + 1} of {len(slices)}{z}: most `any`",),
+    ]
+    lines += [
+        (f"brain window ({WINDOWS['brain'].center:.0f}, {WINDOWS['brain'].width:.0f}) HU",),
+        (),
+        (f"ich_fastai {about['versions']['ich_fastai']}",),
+    ]
     return [
         *lines,
         (about["architecture"],),

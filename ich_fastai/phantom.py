@@ -7,12 +7,10 @@ __all__ = ['MIN_AREA_MM2', 'P_STUDY', 'P_TYPE', 'PRIMARY', 'SLICES', 'NEEDS', 'P
            'write_patient', 'is_phantom', 'holds_phantom', 'describe_phantom', 'make_phantom', 'read_mask',
            'ich_phantom']
 
-# %% ../nbs/06_phantom.ipynb #06-002
+# %% ../nbs/06_phantom.ipynb #06-n00
 import hashlib
-import multiprocessing
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -25,7 +23,7 @@ from fastcore.script import call_parse
 
 from .core import MARKED, InputError, add_checksum, data_note, read_run_file, save_json
 from .guard import checked, hold_folder, show_value
-from .workers import count_cores, end_with_parent, hold_interrupt
+from .workers import count_cores, hold_interrupt, local_pool
 from .labels import LABELS, SUBTYPES
 from .head import VERSION, Head, draw_head, make_rng
 from .bleeding import draw_bleed
@@ -173,7 +171,7 @@ def write_patient(
             truncate_file(folder / "stage_1_train_images" / f"{row['SOPInstanceUID']}.dcm")
     return rows
 
-# %% ../nbs/06_phantom.ipynb #06-029
+# %% ../nbs/06_phantom.ipynb #06-n02
 def _run_patients(
     work: Callable[[PatientPlan], list[dict]], patients: list[PatientPlan], workers: int
 ) -> Iterator[list[dict]]:
@@ -181,8 +179,7 @@ def _run_patients(
     if workers == 1:
         yield from map(work, patients)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
+    with local_pool(workers) as pool:
         with hold_interrupt():  # a worker that has not yet begun would print a traceback
             done = pool.map(work, patients)
         yield from done

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CALLS', 'SETS', 'DETAILS', 'SERIES_COLUMNS', 'SHORT', 'LEGEND', 'find_inputs', 'score_stack', 'decide',
-           'tabulate_answers', 'predict_survey', 'check_used', 'see_study', 'predict_study', 'Study',
-           'summarize_studies', 'format_studies', 'plot_series', 'predict_held_out']
+           'slice_thresholds', 'tabulate_answers', 'predict_survey', 'check_used', 'see_study', 'predict_study',
+           'Study', 'summarize_studies', 'format_studies', 'plot_series', 'predict_held_out']
 
 # %% ../nbs/31_predict.ipynb #31-003
 from collections.abc import Sequence
@@ -28,12 +28,15 @@ from .images import OTHER
 from .series import Stack, Survey, read_series, survey_files
 from .calibrate import calibrate, order_logits, pool_slices, slice_lengths, to_logits
 
-# %% ../nbs/31_predict.ipynb #31-008
+# %% ../nbs/31_predict.ipynb #31-n00
 def _find_held_out(run_dir: Path) -> tuple[list[str], pd.DataFrame]:
     "The study with the most hemorrhage among those held out: its files below the DICOM folder, its rows by slice."
     rows, files = read_unseen(run_dir), read_stage(run_dir, "slices.parquet")
     square = files.loc[files["rows"].eq(files["columns"]), "StudyInstanceUID"]
-    study = rows[rows["StudyInstanceUID"].isin(square)].groupby("StudyInstanceUID")["any"].sum().idxmax()
+    rows = rows[rows["StudyInstanceUID"].isin(square)]
+    if rows.empty:
+        raise InputError("no held-out study has square slices, which alone are to the network as the cache has them")
+    study = rows.groupby("StudyInstanceUID")["any"].sum().idxmax()
     truth = rows[rows["StudyInstanceUID"] == study].set_index("SOPInstanceUID")
     return files.loc[files["StudyInstanceUID"] == study, "file"].to_list(), truth
 
@@ -83,6 +86,15 @@ def decide(
     for label in set(LABELS) - set(card.get("labels", LABELS)):  # the training had no labels of it
         table[label], table[f"call_{label}"], table[f"set_{label}"] = np.nan, pd.NA, ""
     return table.astype(dict.fromkeys(CALLS, "Int8"))
+
+# %% ../nbs/31_predict.ipynb #31-n01
+def slice_thresholds(
+    card: dict | None,  # model.json; None where there is none
+) -> dict[str, float]:  # label: probability; only labels that have one
+    "From where on a slice is called present."
+    cuts = ((card or {}).get("thresholds") or {}).get("slice") or {}
+    found = {label: (cuts.get(label) or {}).get("threshold") for label in LABELS}
+    return {label: float(t) for label, t in found.items() if t is not None and np.isfinite(t)}
 
 # %% ../nbs/31_predict.ipynb #31-026
 DETAILS = {"description": "SeriesDescription", "thickness_mm": "thickness_mm", "spacing_mm": "spacing_mm"}
@@ -223,13 +235,14 @@ def format_studies(
     ids = [uid if len(uid) < 25 else f"...{uid[-21:]}" for uid in map(str, studies.index)]
     return f"{rows.set_axis(ids).to_string()}\n\n{LEGEND}"
 
-# %% ../nbs/31_predict.ipynb #31-040
+# %% ../nbs/31_predict.ipynb #31-n04
 def plot_series(
     slices: pd.DataFrame,  # as `predict_study` gives it, of one series
     truth: pd.DataFrame | None = None,  # index SOPInstanceUID, columns LABELS, where known
     note: str = "",  # for the title, say "synthetic data"
+    thresholds: dict[str, float] | None = None,  # of `slice_thresholds`
 ):  # matplotlib Figure
-    "Probabilities along a series; above them what is called present and, where known, what is."
+    "Probabilities along a series and their thresholds; above what is called present and, where known, what is."
     import matplotlib.pyplot as plt
 
     good, y = slices[slices["error"].isna()], pd.DataFrame(columns=list(LABELS)) if truth is None else truth
@@ -238,16 +251,19 @@ def plot_series(
     for k, (label, color) in enumerate(LABEL_COLORS.items()):
         ax.plot(good["z_mm"], good[label], color=color, lw=2.2 if label == "any" else 1.2, marker="o", ms=3)
         top.get_yticklabels()[k].set_color(color)
+        if thresholds and label in thresholds:
+            ax.axhline(thresholds[label], color=color, ls="--", lw=1, alpha=0.7)
         called, true = good[f"call_{label}"], y[label].reindex(good["SOPInstanceUID"])
         for of, mark in ((called, {"marker": "o", "ms": 4}), (true, {"marker": "s", "ms": 9, "mfc": "none"})):
             z = good.loc[of.eq(1).to_numpy(bool, na_value=False), "z_mm"]
             top.plot(z, [k] * len(z), color=color, ls="", **mark)
     what = "Dots: called present" + "; squares: present" * (truth is not None)
     top.set(ylim=(len(LABELS) - 0.5, -0.5), title=what + f" ({note})" * bool(note))
-    ax.set(xlabel="position along the slice normal, mm", ylabel="probability", ylim=(0, 1))
+    ax.set(xlabel="position along the slice normal, mm", ylabel="probability" + ", - - threshold" * bool(thresholds))
+    ax.set_ylim(0, 1)
     return fig
 
-# %% ../nbs/31_predict.ipynb #31-043
+# %% ../nbs/31_predict.ipynb #31-n06
 def predict_held_out(
     run_dir: str | Path,  # with model/, predictions.parquet and slices.parquet
     data_dir: str | Path,  # the dataset
@@ -258,6 +274,7 @@ def predict_held_out(
     files, truth = _find_held_out(run_dir)
     slices = predict_study(model, [dicom_dir / file for file in files], all_series=True)
     save_table(slices, run_dir / "predicted.csv")
-    figure = plot_series(slices, truth, note), "A held-out study, predicted from its files."
-    save_captioned({"predict.svg": figure}, run_dir, note)
+    figure = plot_series(slices, truth, note, slice_thresholds(model.card))
+    caption = "A held-out study, predicted from its files; a dashed line is a label's threshold."
+    save_captioned({"predict.svg": (figure, caption)}, run_dir, note)
     return slices

@@ -6,7 +6,7 @@
 __all__ = ['MAX_VOXELS', 'SKULL_MM', 'Volume', 'stand_volume', 'square_field', 'import_nibabel', 'read_nifti', 'find_volumes',
            'read_pictures']
 
-# %% ../nbs/27_volumes.ipynb #27-002
+# %% ../nbs/27_volumes.ipynb #27-n00
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .core import DicomError, InputError
+from .core import AIR, DicomError, InputError
 from .external import MARGIN, PictureSet, head_frame, read_picture
 
 # %% ../nbs/27_volumes.ipynb #27-007
@@ -56,7 +56,7 @@ def square_field(
     "The side of a slice's field of view."
     return shape[0] * pixel_mm if len(shape) == 2 and shape[0] == shape[1] else math.nan
 
-# %% ../nbs/27_volumes.ipynb #27-012
+# %% ../nbs/27_volumes.ipynb #27-n02
 MAX_VOXELS = 2**30  # of a volume: 4,096 slices of 512 px
 
 
@@ -80,7 +80,8 @@ def read_nifti(path: Path) -> Volume:  # .nii or .nii.gz
         if voxels.dtype.kind not in "iuf":
             raise DicomError(f"not in HU: voxels of type {voxels.dtype}")
         volume = stand_volume(voxels, image.affine)
-        return volume._replace(slices=np.clip(np.rint(np.nan_to_num(volume.slices)), -32768, 32767).astype(np.int16))
+        hu = np.nan_to_num(volume.slices, nan=AIR, posinf=32767, neginf=-32768)  # NaN: outside of what was scanned
+        return volume._replace(slices=np.clip(np.rint(hu), -32768, 32767).astype(np.int16))
     except DicomError as e:
         raise DicomError(f"{path.name}: {e}") from e
     except Exception as e:  # whatever nibabel makes of a broken header, MemoryError among it

@@ -34,6 +34,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+def run_cells(name, **params):
+    "The cells of a notebook, in this process, with these parameters."
+    import matplotlib.pyplot as plt
+
+    space: dict = {"__name__": "__main__"}
+    for k, cell in enumerate(json.loads((PROJECT / "nbs" / f"{name}.ipynb").read_text())["cells"], 1):
+        tags = cell["metadata"].get("tags", [])
+        if cell["cell_type"] == "code" and "skip-execution" not in tags:
+            exec(compile("".join(cell["source"]), f"{name}, cell {k}", "exec"), space)
+        space |= params if "parameters" in tags else {}
+    plt.close("all")
+
+
 CANARY, BORN = "CANARY", "19010203"
 KEPT = {"PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "Modality", "PhotometricInterpretation"}
 KEPT |= {"ImageType", "RescaleType", "BodyPartExamined", "SpecificCharacterSet", "FrameOfReferenceUID"}

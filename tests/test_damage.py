@@ -158,7 +158,7 @@ READERS = {  # file: what reads it, and a word that the message must have where 
 }
 MAY_BE_GONE = {"model/checkpoints/fold-0.pt", "dataset.json"}  # the same call begins anew; no name of a dataset
 IDS = pd.Series(["ID_1"])
-CASES = [(file, k, name) for file, readers in READERS.items() for k in range(len(readers)) for name in DAMAGE]
+CASES = sorted((file, k) for file, readers in READERS.items() for k in range(len(readers)))
 
 
 def same(a, b):
@@ -167,17 +167,13 @@ def same(a, b):
     return np.array_equal(a, b, equal_nan=True) if isinstance(a, np.ndarray) else a == b
 
 
-def test_there_are_many_cases():
-    assert len(CASES) >= 200
-
-
 @pytest.fixture(scope="module")
 def wanted(run_dir):
     "What each reader gives of the whole files."
     return {(file, k): read(run_dir) for file, readers in READERS.items() for k, (read, _) in enumerate(readers)}
 
 
-@pytest.mark.parametrize(("file", "k"), sorted({(file, k) for file, k, _ in CASES}))
+@pytest.mark.parametrize(("file", "k"), CASES)
 def test_damage_is_one_line_or_harmless(run_dir, wanted, file, k):
     read, word = READERS[file][k]
     raised, path = set(), run_dir / file

@@ -12,7 +12,7 @@ import pytest
 
 from ich_fastai.batches import Settings
 from ich_fastai.core import DicomError, InputError
-from ich_fastai.datasets import ADAPTERS, check_independent, find_facts, open_dataset, read_boxes, read_cq500
+from ich_fastai.datasets import ADAPTERS, check_independent, find_facts, open_dataset, read_cq500
 from ich_fastai.datasets import read_datasets
 from ich_fastai.external import PICTURE_SETS
 from ich_fastai.labels import LABELS, name_source, read_labels, tabulate_labels
@@ -335,16 +335,6 @@ def test_the_table_says_all_that_it_promises():
     assert set(ADAPTERS) <= set(table.index) and set(table["independent"]) == set(table["hu"]) == {"yes", "no"}
     assert table[["title", "get", "terms", "layout", "labels", "level"]].ne("").all(axis=None)
     assert "no HU" in table.loc["phe_sich", "note"] and "no specificity" in table.loc["instance2022", "note"]
-
-
-def test_boxes_of_bhx_are_read(tmp_path):
-    assert read_boxes(tmp_path) is None
-    csv = tmp_path / "3_Extrapolation_to_Selected_Series.csv"
-    csv.write_text("SOPInstanceUID,data,labelName\n1.2,\"{'x': 3.5, 'y': 4, 'width': 10, 'height': 20}\",Subdural\n")
-    assert read_boxes(tmp_path).iloc[0].to_list() == ["1.2", "subdural", 3.5, 4, 10, 20]
-    csv.write_text("SOPInstanceUID,data,labelName\n1.2,{},Subdural\n")
-    with pytest.raises(InputError, match="a box that is not"):
-        read_boxes(tmp_path)
 
 
 def test_the_real_reads_of_cq500(real_data):

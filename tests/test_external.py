@@ -108,7 +108,8 @@ def test_what_cannot_be_used_is_a_row_with_the_reason(picture_set, tmp_path):
     cv2.imwrite(str(folder / "s8.png"), np.full((8, 8), 900, np.uint16))
     cv2.imwrite(str(folder / "s7.png"), np.dstack([np.full((8, 8), k, np.uint8) for k in (1, 2, 3)]))
     cv2.imwrite(str(folder / "other.png"), np.zeros((8, 8), np.uint8))
-    import_pictures(picture_set, tmp_path / "run", PictureSet(BRAIN), 32)
+    opened = open_pictures(PictureSet(BRAIN), picture_set, None, find_facts("phe_sich"))
+    adopt(opened, tmp_path / "run", cache_size=32)
     table = read_stage(tmp_path / "run", "slices.parquet").set_index("StudyInstanceUID")
     assert len(table) == 4 and table["error"].notna().sum() == 1, "a patient without a readable picture is one row"
     assert table["error"].dropna().item().endswith("no readable picture")
@@ -153,6 +154,13 @@ def test_heads_of_one_size(slices, picture_set, tmp_path):
         series = [cache.gather(part["address"].to_numpy()) for _, part in cohort.groupby("SeriesInstanceUID")]
         boxes[name] = np.array([max(map(skull_box, hus), key=lambda box: box[3]) for hus in series])
         assert name == "run" or (head_frame(series[0])[2] == pytest.approx(256, rel=0.03))
+    rows = read_stage(tmp_path / "framed", "slices.parquet").set_index("SOPInstanceUID")
+    assert cohort["crc32"].tolist() == rows.loc[cohort["SOPInstanceUID"], "crc32"].tolist()
+    assert cohort["crc32"].tolist() != read_stage(tmp_path / "run", "cohort.parquet")["crc32"].tolist()
+    shard = tmp_path / "framed" / "cache" / "shard-00000.npy"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\1\2")
+    with pytest.raises(InputError, match="another checksum"):
+        Cache(shard.parent).gather(cohort["address"].to_numpy())
     lengths, middles = boxes["framed"][:, 3], boxes["framed"][:, :2] + boxes["framed"][:, 2:] / 2
     assert boxes["run"][0, 3] > 1.6 * boxes["run"][1, 3] and lengths == pytest.approx(256 / 1.15, rel=0.06)
     assert np.abs(middles - 128).max() < 16

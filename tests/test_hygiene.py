@@ -11,6 +11,7 @@ import venv
 import papermill
 import pytest
 from conftest import PROJECT
+from PIL import Image
 
 sys.path.insert(0, str(PROJECT / "benchmarks"))
 import house
@@ -18,7 +19,7 @@ import house
 NOTEBOOKS = sorted((PROJECT / "nbs").glob("*.ipynb"))
 TRACKED = [
     f
-    for f in subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True).stdout.split("\n")
+    for f in subprocess.check_output(["git", "ls-files"], cwd=PROJECT, text=True).splitlines()
     if (PROJECT / f).is_file()
 ]
 TEXT = [
@@ -40,6 +41,10 @@ def script(name):
 
 def cells(notebook):
     return json.loads(notebook.read_text())["cells"]
+
+
+def test_what_is_committed_is_known():
+    assert len(TRACKED) > 100 and len(TEXT) > 90
 
 
 def test_the_rooms_of_the_house_are_there():
@@ -111,6 +116,14 @@ def outputs_of(notebook):
     return "\n".join("".join(t) for t in texts)
 
 
+def test_no_output_is_a_wall_of_text():
+    "What a reader would have to scroll past: a list of a thousand files, a whole traceback."
+    for notebook in NOTEBOOKS:
+        for output in (o for c in cells(notebook) for o in c.get("outputs", ())):
+            text = output.get("text") or output.get("data", {}).get("text/plain", "")
+            assert len("".join(text).splitlines()) <= 70, f"{notebook.stem}: {''.join(text)[:200]}"
+
+
 def numbers_in(text):
     "(number, decimals) of each number in a text, whatever its thousands are parted by."
     found = re.findall(r"(?<![\w.])\d[\d,_]*(?:\.\d+)?(?:e-?\d+)?(?![\w])|(?<![\w.])\.\d+", text)
@@ -133,6 +146,12 @@ def test_the_readme_says_what_the_committed_demo_gave():
     said = re.findall(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", (PROJECT / "README.md").read_text())
     shown = "".join(outputs_of(PROJECT / "nbs" / f"{name}.ipynb") for name in ("22_evaluate", "23_controls"))
     assert said and not [estimate for estimate in said if estimate not in shown]
+
+
+def test_the_picture_of_the_viewer_is_of_the_committed_demo():
+    of = Image.open(PROJECT / "nbs" / "images" / "viewer.png").text.get("study", "")
+    p = re.fullmatch(r"\d+ slices, any (\d\.\d{3})", of)
+    assert p and p[1] in outputs_of(PROJECT / "nbs" / "32_viewer.ipynb"), f"run `make outputs`; the picture is of: {of}"
 
 
 def test_the_version_is_one():

@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnxruntime import InferenceSession
@@ -78,3 +81,21 @@ def test_what_the_model_was_not_taught_it_does_not_say(tmp_path):
     ich_onnx(str(folder), str(path))
     p = InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(["probabilities"], {"hu": hu})[0]
     assert (np.isnan(p) == [label not in ("subdural", "any") for label in LABELS]).all()
+
+
+def test_a_file_that_is_there_is_kept_unless_it_is_one_of_ours_and_the_new_one_is_good(tmp_path, monkeypatch):
+    folder, mine, ours = make_folder(tmp_path / "model", "resnet10t"), tmp_path / "mine.onnx", tmp_path / "ours.onnx"
+    foreign = onnx.helper.make_model(onnx.helper.make_graph([], "another program's", [], []))
+    for data in (foreign.SerializeToString(), b"", b"a note"):
+        mine.write_bytes(data)
+        with pytest.raises(InputError, match="mine.onnx: is there, and is no ONNX file of this package"):
+            ich_onnx(str(folder), str(mine))
+        assert mine.read_bytes() == data
+    ich_onnx(str(folder), str(ours))
+    before = ours.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="ours.onnx: not written, it differs"):
+        patch.setattr("ich_fastai.onnx.export_onnx", lambda _, path: Path(shutil.copy(ours, path)))
+        patch.setattr("ich_fastai.onnx.check_onnx", lambda *_: 0.5)
+        ich_onnx(str(folder), str(ours))
+    assert ours.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.onnx", "model", "ours.onnx"]

@@ -16,6 +16,7 @@ import pandas as pd
 import pydicom
 import pytest
 
+from ich_fastai import tiny as tiny_module
 from ich_fastai.bleeding import Bleed, draw_plane
 from ich_fastai.core import InputError
 from ich_fastai.head import draw_head
@@ -105,6 +106,23 @@ def test_same_bytes_whatever_the_workers_and_the_processor(tmp_path):
     plain |= {"NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 AVX512F AVX512_SKX", "OPENCV_CPU_DISABLE": "AVX2,AVX512_SKX"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", call], env=plain, check=True, timeout=60)
     assert hashes(one) == hashes(tmp_path / "plain")
+
+
+def test_what_other_code_has_made_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_module, "project_dir", lambda: tmp_path)
+    small = {"n_patients": 1, "seed": 7, "slices_per_series": (5, 5), "workers": 1}
+    monkeypatch.setattr(tiny_module, "make_phantom", lambda home, **_: make_phantom(home, **small))
+
+    def look():
+        run_dir = tiny_module.tiny_sources()
+        return [p.stat().st_mtime_ns for p in (tiny_phantom() / "phantom.json", run_dir / "slices.parquet")]
+
+    first = look()
+    left = tmp_path / "runs" / "tiny" / "run" / "predictions.parquet"
+    left.touch()
+    assert look() == first and left.exists()
+    monkeypatch.setattr(tiny_module, "sum_modules", lambda *names: "of other code")
+    assert all(now > then for now, then in zip(look(), first, strict=True)) and not left.exists()
 
 
 def test_one_volume_for_simpleitk(tmp_path):

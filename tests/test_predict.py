@@ -9,7 +9,7 @@ from dicom_files import make_file
 
 from ich_fastai.calibrate import calibrate, fit_decisions, score_levels
 from ich_fastai.evaluate import evaluate
-from ich_fastai.core import InputError, read_stage
+from ich_fastai.core import InputError, read_stage, save_table
 from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.model import load_model
 from ich_fastai.cache import Cache
@@ -19,7 +19,7 @@ from ich_fastai.head import draw_head, make_rng
 from ich_fastai.labels import find_dataset
 from ich_fastai.cohort import measure_geometry
 from ich_fastai.model import predict_logits
-from ich_fastai.predict import CALLS, SETS, decide, predict_study, summarize_studies
+from ich_fastai.predict import CALLS, SETS, decide, predict_held_out, predict_study, summarize_studies
 from ich_fastai.tables import make_harmless, make_submission, read_sample
 from ich_fastai.tiny import tiny_phantom
 
@@ -205,3 +205,11 @@ def test_text_of_a_file_does_no_harm():
     got = make_harmless(table)
     assert got["a"].tolist()[:2] == ["'=HYPERLINK(1)", r"\x1b[31mred"] and got["z_mm"].tolist() == [-1.0, 2, 3, 4]
     assert got["a"].iloc[3] == "plain" and pd.isna(got["a"].iloc[2])
+
+
+def test_without_a_square_study_to_show_one_line_says_so(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    table = read_stage(trained, "slices.parquet")
+    save_table(table.assign(columns=table["rows"] + 1), tmp_path / "run" / "slices.parquet")
+    with pytest.raises(InputError, match="no held-out study has square slices"):
+        predict_held_out(tmp_path / "run", tiny_phantom())

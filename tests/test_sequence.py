@@ -147,9 +147,9 @@ def test_a_weight_that_is_none_is_one_line(stage, smooth):
 @pytest.fixture(scope="module")
 def read_run(tmp_path_factory, write_predictions):
     "A run of one fold, 12 patients, whose series a recurrent network reads; its predictions are its network's own."
-    run_dir = tmp_path_factory.mktemp("read") / "run"
-    shutil.copytree(tiny_cohort(), run_dir, ignore=shutil.ignore_patterns("model", "predictions.parquet"))
-    cohort = pd.read_parquet(run_dir / "cohort.parquet").assign(fold=0)
+    run_dir = tmp_path_factory.mktemp("read")
+    shutil.copytree(tiny_cohort() / "cache", run_dir / "cache")
+    cohort = pd.read_parquet(tiny_cohort() / "cohort.parquet").assign(fold=0)
     cohort.to_parquet(run_dir / "cohort.parquet")
     write_predictions(run_dir, cohort, [0])
     table, model = pd.read_parquet(run_dir / "predictions.parquet"), load_model(run_dir / "model", "cpu")
