@@ -44,8 +44,9 @@ prepare: setup
 
 outputs: setup
 	@$(BIN)/ich-reproduce --preset demo
-	@$(BIN)/python -c 'from ich_fastai.outputs import *; print(*copy_outputs("runs/demo"), *copy_uses("runs/demo"))'
-	@$(BIN)/python -c 'from ich_fastai.outputs import copy_page; print(copy_page("runs/demo"))'
+	@$(BIN)/python -c 'from ich_fastai.outputs import copy_outputs; print(*copy_outputs("runs/demo"))'
+	@$(BIN)/python -c 'from ich_fastai.outputs import copy_uses; print(*copy_uses("runs/demo"))'
+	@$(BIN)/python -c 'from ich_fastai.outputs import copy_pages; print(*copy_pages("runs/demo"), sep="; ")'
 	@$(BIN)/nbdev-clean
 
 docs: setup

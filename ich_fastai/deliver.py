@@ -169,8 +169,7 @@ def predict_export(
             writer(model, study)
         about = {"images": len(study.slices), "unused": unused, "used": bool(found["used"].any())}
         tables.add(study.uid, [study.slices, shown.reset_index(), study.tabulate_series()], about)
-        named = shown.set_index("SeriesInstanceUID") if all_series else shown
-        screen.add(found, named, list_notes(found, find_geometry(model.card)))
+        screen.add(found, shown, list_notes(found, find_geometry(model.card)))
         done += len(study.slices)
         progress("studies read", len(tables.finished), tables.studies, (done - skipped) / (n - skipped))
     if not any(row["used"] for row in tables.finished.values()):

@@ -158,12 +158,8 @@ def tell_study(
         (),
         (f"ich_fastai {about['versions']['ich_fastai']}",),
     ]
-    return [
-        *lines,
-        (about["architecture"],),
-        (f"weights {about['weights_sha256'][:16]}",),
-        ("made from CT by software",),
-    ], top
+    lines += [(about["architecture"],), (f"weights {about['weights_sha256'][:16]}",), ("made from CT by software",)]
+    return lines, top
 
 # %% ../nbs/33_objects.ipynb #33-023
 def _name_maker(about: dict, what: str) -> dict:

@@ -215,7 +215,7 @@ def summarize_studies(
     table = decide(good[LOGITS].to_numpy(), card, studies.ngroup().to_numpy(), slice_lengths(good))
     return studies.size().rename("slices").to_frame().join(table.set_index(studies.size().index))
 
-# %% ../nbs/31_predict.ipynb #31-037
+# %% ../nbs/31_predict.ipynb #31-n07
 SHORT = dict(zip(LABELS, ("EDH", "IPH", "IVH", "SAH", "SDH", "any"), strict=True))
 LEGEND = """EDH epidural, IPH intraparenchymal, IVH intraventricular, SAH subarachnoid,
 SDH subdural. Marks: + called present, ? undecided.
@@ -223,16 +223,17 @@ Not a medical device: for research and teaching only."""
 
 
 def format_studies(
-    studies: pd.DataFrame,  # as `summarize_studies` gives it
+    studies: pd.DataFrame,  # as `summarize_studies` gives it; several rows of a study have SeriesInstanceUID
 ) -> str:
     "The table for a screen of 80 columns and what its marks mean; a long id keeps its end."
+    names = studies.index if studies.index.is_unique else studies["SeriesInstanceUID"]
     rows = studies[["slices"]].copy()
     for label, short in SHORT.items():
         if studies[label].isna().all():  # the model was not trained on it
             continue
         cells = zip(studies[label], studies[f"call_{label}"].fillna(0), studies[f"set_{label}"], strict=True)
         rows[f"{short}  "] = [f"{p:.2f}{' +'[call]}{'?' if of == 'undecided' else ' '}" for p, call, of in cells]
-    ids = [uid if len(uid) < 25 else f"...{uid[-21:]}" for uid in map(str, studies.index)]
+    ids = [uid if len(uid) < 25 else f"...{uid[-21:]}" for uid in map(str, names)]
     return f"{rows.set_axis(ids).to_string()}\n\n{LEGEND}"
 
 # %% ../nbs/31_predict.ipynb #31-n04

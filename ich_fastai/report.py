@@ -189,7 +189,7 @@ def notebook_title(
     title, subtitle = (next((x.removeprefix(m) for x in lines if x.startswith(m)), path.stem) for m in ("# ", "> "))
     return title, subtitle
 
-# %% ../nbs/41_report.ipynb #41-030
+# %% ../nbs/41_report.ipynb #41-n02
 def list_notebooks(
     paths: list[Path],  # notebooks, in order
     notes: dict | None = None,  # name: what to say in a second column
@@ -198,7 +198,7 @@ def list_notebooks(
     rows = []
     for path in paths:
         title, subtitle = (html.escape(t) for t in notebook_title(path))
-        link = f'<a href="{path.parent.name}/{path.stem}.html">{path.stem[:2]}. {title}</a>'
+        link = f'<a href="{path.parent.name}/{path.stem}.html">{path.stem.partition("_")[0]}. {title}</a>'
         note = f"<td>{(notes or {}).get(path.stem, '')}</td>" if notes else ""
         rows.append(f'<tr><td>{link}<br><span class="soft">{subtitle}</span></td>{note}</tr>')
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'

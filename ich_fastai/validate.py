@@ -148,7 +148,7 @@ def deliver(
     study = pd.factorize(rows["study"], sort=True)[0]
     return pool_slices(x, study, mm), decide(logits, card, study, mm)[list(LABELS)].to_numpy()
 
-# %% ../nbs/39_validate.ipynb #39-021
+# %% ../nbs/39_validate.ipynb #39-n17
 def judge_answers(
     answers: pd.DataFrame,  # of `ask_all`
     dataset: Dataset,
@@ -156,10 +156,9 @@ def judge_answers(
     seed: int = 42,
 ) -> dict[str, Judged]:  # slice, study: those at which there are labels
     "Answers set against labels. Raises `InputError` where no answer has a label."
-    good, labels = answers[answers["error"].isna()], dataset.labels
+    good, labels, parts = answers[answers["error"].isna()], dataset.labels, dict[str, tuple]()
     names = [name for name in LABELS if name in labels and name in card.get("labels", LABELS)]
     studies = good["study"].drop_duplicates().sort_values()
-    parts: dict = {}
     if dataset.level == "slice":
         rows = good[good["id"].isin(labels.index)].set_index("id")
         y = labels.loc[rows.index]
@@ -197,11 +196,10 @@ def find_shift(
     here[DISTANCE] = histogram_distance(histogram)
     return {"shift": shift_table(here, recall_training(card)), "histogram": histogram}
 
-# %% ../nbs/39_validate.ipynb #39-027
+# %% ../nbs/39_validate.ipynb #39-n22
 def describe_rows(rows: pd.DataFrame, dataset: Dataset, series: pd.DataFrame) -> pd.DataFrame:
     "What is known of the study of each row of `Judged`: the series used, and what the labels say beside labels."
-    columns = [name for name in ("thickness_mm", "spacing_mm", "scanner", "kernel") if name in series]
-    of = series.drop_duplicates("study").set_index("study")[columns] if len(series) else pd.DataFrame()
+    of = series.drop_duplicates("study").set_index("study").filter(["thickness_mm", "spacing_mm", "scanner", "kernel"])
     extra = dataset.labels.drop(columns=[*LABELS, "PatientID"], errors="ignore").drop_duplicates("study")
     of = of.join(extra.set_index("study"), how="outer")
     return of.reindex(rows["study"].to_numpy()).reset_index(drop=True)
@@ -333,7 +331,7 @@ def save_all(out: Path, tables: dict[str, pd.DataFrame], note: str) -> None:
         table = table.assign(data=note) if note and name != "reasons" else table
         save_table(make_harmless(table), out / "tables" / f"{name}.csv")
 
-# %% ../nbs/39_validate.ipynb #39-043
+# %% ../nbs/39_validate.ipynb #39-n24
 @checked
 def validate(
     model_dir: str | Path,  # model/ of a run

@@ -149,7 +149,7 @@ def test_the_readme_says_what_the_committed_demo_gave():
 
 
 def test_the_picture_of_the_viewer_is_of_the_committed_demo():
-    of = Image.open(PROJECT / "nbs" / "images" / "viewer.png").text.get("study", "")
+    of = Image.open(PROJECT / "nbs" / "images" / "viewer.png").text.get("about", "")
     p = re.fullmatch(r"\d+ slices, any (\d\.\d{3})", of)
     assert p and p[1] in outputs_of(PROJECT / "nbs" / "32_viewer.ipynb"), f"run `make outputs`; the picture is of: {of}"
 

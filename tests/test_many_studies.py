@@ -7,6 +7,7 @@ import os
 import shutil
 
 import pandas as pd
+import pydicom
 import pytest
 
 from ich_fastai import tables as tables_module
@@ -175,6 +176,23 @@ def test_a_name_that_is_no_utf8_is_a_row(model, folder, tmp_path):
     run(model, tmp_path / "in", tables := start(tmp_path))
     slices = pd.read_csv(tables.paths[0])
     assert slices["file"].str.startswith(r"'=\xff\n\x1b[2J").all() and slices["any"].notna().sum() == 10
+
+
+def test_each_series_is_a_row_of_its_study(model, folder, tmp_path):
+    "With --all-series: the study keeps its UID, and the screen tells its rows apart."
+    shutil.copytree(folder / "P0", tmp_path / "in" / "a")
+    for path in sorted((tmp_path / "in" / "a").iterdir())[:4]:
+        ds = pydicom.dcmread(path)
+        ds.SeriesInstanceUID = "1.0.2"
+        ds.save_as(path)
+    said = run(model, tmp_path / "in", tables := start(tmp_path), all_series=True)
+    table = pd.read_csv(tables.paths[1], dtype=str)
+    assert table["StudyInstanceUID"].tolist() == ["1.0", "1.0"]
+    assert table["SeriesInstanceUID"].tolist() == ["1.0.1", "1.0.2"] and table["slices"].tolist() == ["6", "4"]
+    assert [line.split()[:2] for line in said.splitlines() if line.startswith("1.0.")] == [
+        ["1.0.1", "6"],
+        ["1.0.2", "4"],
+    ]
 
 
 def test_nothing_usable_leaves_no_table(model, folder, tmp_path):
