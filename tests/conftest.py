@@ -115,10 +115,8 @@ def real_data():
     return folder
 
 
-IMPORTED = (
-    "fastai.distributed fastai.learner fastai.callback.all timm sklearn.metrics scipy.stats pandas polars pydicom cv2"
-)
-IMPORTED += " matplotlib.pyplot seaborn papermill nbconvert nbdev.test"
+IMPORTED = "fastai.distributed fastai.learner fastai.callback.all timm sklearn.metrics scipy.stats pandas pydicom cv2"
+IMPORTED += " matplotlib.pyplot seaborn papermill nbconvert nbdev.test"  # not polars: its threads outlive no fork
 
 
 @pytest.fixture(scope="session")
@@ -165,11 +163,11 @@ def command(warm, tmp_path_factory):
     (jupyter / "kernels" / "python3").mkdir(parents=True)
     (jupyter / "kernels" / "python3" / "kernel.json").write_text(json.dumps(kernel))
 
-    def run(name, *arguments, timeout=900, **kwargs):
+    def run(name, *arguments, timeout=900, cold=False, **kwargs):  # cold: as a user starts it
         path = PROJECT / ".venv" / "bin" / name
         program = str(path) if path.exists() else shutil.which(name)
         return subprocess.run(
-            [*warm, program, *map(str, arguments)],
+            [*(() if cold else warm), program, *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -137,7 +137,7 @@ def test_the_command_writes_slices_studies_and_a_submission(trained, command, tm
         "--all-series",
         "--submission",
     )
-    done = command("ich-predict", *arguments, sample)
+    done = command("ich-predict", *arguments, sample, cold=True)  # or an import that only warm Pythons have is missed
     assert done.returncode == 0, done.stderr[-2000:]
     *table, last = done.stdout.splitlines()
     assert max(map(len, table)) <= 80 and last.startswith("3 images, 1 not used")
