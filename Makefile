@@ -32,8 +32,9 @@ reproduce: setup
 test: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
-	@$(BIN)/mypy
-	@$(BIN)/pytest $(ARGS)
+	@said=$$(mktemp); $(BIN)/mypy > $$said 2>&1 & types=$$!; \
+	$(BIN)/pytest $(ARGS); tests=$$?; \
+	wait $$types; types=$$?; cat $$said; rm -f $$said; exit $$((tests ? tests : types))
 
 prepare: setup
 	@$(BIN)/ruff format .

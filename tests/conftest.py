@@ -3,6 +3,7 @@
 import json
 import contextlib
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -46,6 +47,8 @@ def run_cells(name, **params):
         space |= params if "parameters" in tags else {}
     plt.close("all")
 
+
+LAYOUT_SIZE = 64  # px
 
 CANARY, BORN = "CANARY", "19010203"
 KEPT = {"PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "Modality", "PhotometricInterpretation"}
@@ -112,18 +115,34 @@ def real_data():
     return folder
 
 
-IMPORTED = (
-    "fastai.distributed fastai.learner fastai.callback.all timm sklearn.metrics scipy.stats pandas polars pydicom cv2"
-)
-IMPORTED += " matplotlib.pyplot seaborn papermill nbconvert nbdev.test"
+IMPORTED = "fastai.distributed fastai.learner fastai.callback.all timm sklearn.metrics scipy.stats pandas pydicom cv2"
+IMPORTED += " matplotlib.pyplot seaborn papermill nbconvert nbdev.test"  # not polars: its threads outlive no fork
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory):
+def shared(tmp_path_factory):
+    "A temporary folder of all workers together."
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def layouts(shared):
+    "Each layout of another hospital's, made once for all workers: its folder and its truth."
+    from ich_fastai.layouts import LAYOUTS, write_layout
+
+    kept = shared / "layouts.pickle"
+    with FileLock(shared / "layouts.lock"):
+        if not kept.exists():
+            truths = {name: write_layout(name, shared / "layouts" / name, size=LAYOUT_SIZE) for name in LAYOUTS}
+            kept.write_bytes(pickle.dumps(truths))
+    return {name: (shared / "layouts" / name, truth) for name, truth in pickle.loads(kept.read_bytes()).items()}
+
+
+@pytest.fixture(scope="session")
+def warm(shared):
     "What starts a Python at once (warm.py); one server for all workers. The rooms themselves are imported anew."
-    base, owner = tmp_path_factory.getbasetemp(), os.getpid()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base, owner = base.parent, os.getppid()
+    base, owner = shared, os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
     start = [sys.executable, str(PROJECT / "tests" / "warm.py")]
     with FileLock(base / "warm.lock"):
         if not (base / "warm").exists():
@@ -144,11 +163,11 @@ def command(warm, tmp_path_factory):
     (jupyter / "kernels" / "python3").mkdir(parents=True)
     (jupyter / "kernels" / "python3" / "kernel.json").write_text(json.dumps(kernel))
 
-    def run(name, *arguments, timeout=900, **kwargs):
+    def run(name, *arguments, timeout=900, cold=False, **kwargs):  # cold: as a user starts it
         path = PROJECT / ".venv" / "bin" / name
         program = str(path) if path.exists() else shutil.which(name)
         return subprocess.run(
-            [*warm, program, *map(str, arguments)],
+            [*(() if cold else warm), program, *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=timeout,

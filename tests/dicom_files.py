@@ -11,6 +11,7 @@ RNG = np.random.default_rng(0)
 HEAD = np.clip(np.add.outer(np.arange(64), np.arange(64)) * 12 + RNG.integers(-40, 40, (64, 64)), 0, 1500).astype(
     np.int16
 )  # stored values
+HOSTILE_SETS = ("unicode_escape", "utf_7", "rot13", "idna", "punycode", "undefined", "base64", "ISO_IR 100\\utf_16")
 
 
 def make_dataset(stored=HEAD, **tags):

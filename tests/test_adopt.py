@@ -102,10 +102,14 @@ def test_elsewhere_it_is_asked_for_what_it_knows(adopted, tmp_path):
         validate(adopted / "model", open_dataset("phe_sich", adopted.parent / "data"), tmp_path / "own")
 
 
-def test_the_runner_begins_with_the_dataset_says_it_once_and_resumes(tmp_path):
+def test_the_runner_begins_with_the_dataset_says_it_once_and_resumes(tmp_path, command, monkeypatch):
+    monkeypatch.setenv("IN_TEST", "1")  # which `reproduce` sets
     write_layout("phe_sich", tmp_path / "data")
     how = {"data": tmp_path / "data", "dataset": "phe_sich", "out": tmp_path / "run", "last": "39b"}
-    text = reproduce("tiny", **how, settings={"cache_size": 32}).read_text()
+    options = [f"--{'until' if name == 'last' else name}={value}" for name, value in how.items()]
+    done = command("ich-reproduce", "--preset=tiny", *options, "--set=cache_size=32")
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (tmp_path / "run" / "index.html").read_text()
     assert text.count("8-bit pictures") == 1 and text.count("No labels of epidural") == 1
     assert "synthetic" not in text and "40_paper" not in text and "39b_adopt" in text
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -189,7 +193,8 @@ def test_a_number_is_a_position_where_there_is_no_other():
     assert find_heights(stack._replace(z_mm=np.arange(3.0)), 9).tolist() == [0, 1, 2]
 
 
-def test_a_run_in_the_data_is_refused_before_it_starts(tmp_path):
+def test_a_run_in_the_data_is_refused_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("IN_TEST", "1")
     write_layout("phe_sich", tmp_path / "data")
     with pytest.raises(InputError, match="run: lies in the folder of the data; choose a run folder outside of it"):
         reproduce("tiny", tmp_path / "data", tmp_path / "data" / "run", dataset="phe_sich", last="39b")

@@ -3,12 +3,12 @@
 import gzip
 import shutil
 import sys
-from functools import cache
 from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import LAYOUT_SIZE as SIZE
 
 from ich_fastai.batches import Settings
 from ich_fastai.core import DicomError, InputError
@@ -21,20 +21,6 @@ from ich_fastai.cohort import describe_data
 from ich_fastai.model import make_card
 from ich_fastai.tiny import tiny_phantom
 from ich_fastai.volumes import read_nifti, stand_volume
-
-SIZE = 64
-
-
-@cache
-def make_layouts(home):
-    "Each layout once for all files of tests: its folder and its truth."
-    return {name: (home / name, write_layout(name, home / name, size=SIZE)) for name in LAYOUTS}
-
-
-@pytest.fixture(scope="session")
-def layouts(tmp_path_factory):
-    "Each layout: its folder and its truth."
-    return make_layouts(tmp_path_factory.getbasetemp() / "layouts")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

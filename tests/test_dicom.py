@@ -166,19 +166,21 @@ def test_other_syntaxes(name):
     np.testing.assert_array_equal(read_slice(to_bytes(ds))[0], HEAD - 1024)
 
 
-def test_a_modality_lut_gives_hu():
+def make_looked_up(kind):
+    "A file of four pixels whose HU, or what else its table says that they are, are looked up."
     table = pydicom.Dataset()
-    table.LUTDescriptor, table.ModalityLUTType = [4, 0, 16], "HU"
+    table.LUTDescriptor, table.ModalityLUTType = [4, 0, 16], kind
     table.add_new("LUTData", "US", [0, 10, 40, 100])
-    data = make_file(
-        np.array([[0, 1], [2, 3]], np.uint16),
-        ModalityLUTSequence=pydicom.Sequence([table]),
-        RescaleSlope=None,
-        RescaleIntercept=None,
-    )
-    hu, record = read_slice(data)
+    stored, unscaled = np.array([[0, 1], [2, 3]], np.uint16), {"RescaleSlope": None, "RescaleIntercept": None}
+    return make_file(stored, ModalityLUTSequence=pydicom.Sequence([table]), **unscaled)
+
+
+def test_a_modality_lut_gives_hu_or_is_refused():
+    hu, record = read_slice(make_looked_up("HU"))
     np.testing.assert_array_equal(hu, [[0, 10], [40, 100]])
     assert record.brain_fraction == 0.5 and not record.repaired
+    with pytest.raises(DicomError, match="not in HU: ModalityLUTType is OD"):
+        read_slice(make_looked_up("OD"))
 
 
 def test_the_tilted_series_is_evenly_spaced_along_its_normal(real_data):

@@ -171,13 +171,12 @@ def test_a_series_without_a_skull_stays_as_it_is():
 
 
 def test_the_real_set(real_data):
-    "1,695 slices of 59 patients, 371 positive; each upright: the skull is longer than wide."
+    "Each slice upright: the skull is longer than wide."
     home, about = real_data / "phe_sich", PICTURE_SETS["phe_sich"]
     if not home.is_dir():
         pytest.skip(f"no phe_sich/ in {real_data.name}/")
     rows, unknown = read_picture_labels(home / about.labels)
-    assert (len(rows), rows["PatientID"].nunique(), rows["any"].sum()) == (1695, 59, 371) and unknown == list(SUBTYPES)
-    assert {path.stem for path in (home / "slices").iterdir()} == set(rows.index)
+    assert unknown == list(SUBTYPES) and {path.stem for path in (home / "slices").iterdir()} == set(rows.index)
     middle = rows[rows["any"] == 1].groupby("PatientID").head(1).index[::6]
     for name in middle:
         burned = about.exceptions.get(rows.loc[name, "PatientID"], about.burned)

@@ -126,7 +126,7 @@ def test_equal_arms_are_found_different_as_often_as_said_and_unlike_ones_more_of
     rng, n = np.random.default_rng(0), 25
     found = {0.0: [], -1.5: []}
     for effect, says in found.items():
-        for _ in range(150):
+        for _ in range(50 if effect else 150):
             a, b = simulate_equal(rng, 3, n, effect)
             gap = a.mean(0) - b.mean(0)
             says.append(say_difference(widen(find_estimate(gap), gap, (a, b), n)) != "not resolved")
@@ -167,25 +167,15 @@ def test_one_seed_is_measured_as_notebook_22_measures_it(tmp_path):
 @pytest.mark.parametrize(
     "arms, options, says",
     [
-        (ARMS[:1], {}, "undersample+inverse: corrected minus raw"),
-        (ARMS, {"seeds": 1}, "(one seed an arm: no interval)"),
-        (ARMS, {"seeds": 1}, ONE_SEED),
-        (("none+none",), {}, "none: one arm was run, without undersampling"),
-        (ARMS[:2], {}, "undersample+inverse minus none+inverse, corrected"),
-        (ARMS, {"prevalence": False}, "no interval: undefined: no positive"),
-        (ARMS, {"n_patients": 1}, "one patient: no interval"),
-        (ARMS[:1], {"n_patients": 1, "each": 1}, "one patient: no interval"),
+        (ARMS[:1], {}, ("undersample+inverse: corrected minus raw",)),
+        (ARMS, {"seeds": 1}, ("(one seed an arm: no interval)", ONE_SEED)),
+        (("none+none",), {}, ("none: one arm was run, without undersampling",)),
+        (ARMS[:2], {}, ("undersample+inverse minus none+inverse, corrected",)),
+        (ARMS, {"prevalence": False}, ("no interval: undefined: no positive",)),
+        (ARMS, {"n_patients": 1}, ("one patient: no interval",)),
+        (ARMS[:1], {"n_patients": 1, "each": 1}, ("one patient: no interval",)),
     ],
-    ids=[
-        "one arm",
-        "one seed, a difference",
-        "one seed, an arm",
-        "nothing to correct",
-        "another reference",
-        "no positive",
-        "one patient",
-        "one slice",
-    ],
+    ids=["one arm", "one seed", "nothing to correct", "another reference", "no positive", "one patient", "one slice"],
 )
 def test_what_cannot_be_computed_says_why(tmp_path, arms, options, says):
     write_run(tmp_path, arms, **options)
@@ -195,7 +185,8 @@ def test_what_cannot_be_computed_says_why(tmp_path, arms, options, says):
         missing = tables[name][(tables[name]["value"] == "") | (tables[name]["low"] == "")]
         assert missing["note"].str.len().gt(0).all(), name
     words = [str(v) for name in ("imbalance", "imbalance_words") for v in tables[name].to_numpy().flat]
-    assert any(says in word for word in words) and not any("nan" in word for word in words)
+    assert not [text for text in says if not any(text in word for word in words)]
+    assert not any("nan" in word for word in words)
     for name, table in tables.items():
         assert not table.map(lambda v: str(v).lower() in ("nan", "inf", "<na>", "none")).any().any(), name
     figures = {"imbalance.svg"} | ({"imbalance_differences.svg", "imbalance_labels.svg"} if len(arms) > 1 else set())

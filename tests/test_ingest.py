@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from dicom_files import HEAD, make_dataset, make_file, plain_variants, to_bytes
+from dicom_files import HEAD, HOSTILE_SETS, make_dataset, make_file, plain_variants, to_bytes
 from test_dicom import flip_bytes, gdcm_encode
 
 from ich_fastai import cache as cache_module
@@ -350,9 +350,6 @@ def test_a_missing_series_joins_no_two_patients(tmp_path, missing):
     assert cohort.groupby("PatientID")["SeriesInstanceUID"].nunique().eq(1).all()
 
 
-HOSTILE_SETS = ("unicode_escape", "utf_7", "rot13", "idna", "punycode", "undefined", "base64", "ISO_IR 100\\utf_16")
-
-
 @pytest.mark.parametrize("named", HOSTILE_SETS)
 def test_no_codec_of_python_reads_an_identifier(tmp_path, named):
     some, word = tmp_path / "dicom", r"P\ud800\x1b[31m\n" + "x" * 2000
@@ -420,6 +417,23 @@ def test_a_run_folder_in_the_dicom_folder_is_refused(tmp_path):
         with pytest.raises(InputError, match="lies in the DICOM folder"):
             ingest(tmp_path, run_dir / "cache", SIZE)
     assert [p.name for p in tmp_path.iterdir()] == ["a.dcm"]
+
+
+def test_a_zip_or_a_dicomdir_is_no_folder_of_slices(tmp_path):
+    some = tmp_path / "dicom"
+    some.mkdir()
+    (some / "a.dcm").write_bytes(make_file())
+    shutil.make_archive(str(tmp_path / "study"), "zip", some)
+    (some / "DICOMDIR").write_bytes(make_file(SOPClassUID="1.2.840.10008.1.3.10", PixelData=None))
+    for given in (tmp_path / "study.zip", some / "DICOMDIR"):
+        with pytest.raises(
+            InputError, match=f"{given.name}: Not a directory; give the folder that holds the .dcm files"
+        ):
+            ingest(given, tmp_path / "run" / "cache", SIZE)
+    shutil.copy(tmp_path / "study.zip", some)
+    slices = ingest(some, tmp_path / "run" / "cache", SIZE, max_error_share=1.0).set_index("file")
+    assert slices["error"].notna().to_dict() == {"DICOMDIR": True, "a.dcm": False, "study.zip": True}
+    assert slices.loc["study.zip", "error"].startswith("not a DICOM file")
 
 
 def test_a_second_run_on_the_same_cache_stops(folder, tmp_path):

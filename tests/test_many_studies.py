@@ -201,7 +201,7 @@ def test_nothing_usable_leaves_no_table(model, folder, tmp_path):
     assert not [*(tmp_path / "out").iterdir()]
 
 
-def test_a_screen_says_what_it_does_not_show(model, whole, tmp_path):
+def test_a_screen_says_what_it_does_not_show(whole, tmp_path):
     assert "24 images" not in whole[0] and "26 images, 4 not used" in whole[0]
     assert max(map(len, whole[0].splitlines()[:-1])) <= 80
     series = pd.DataFrame(

@@ -1,15 +1,18 @@
 "What a user of a trained model gets must be what was evaluated, for every file that was given."
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
-from dicom_files import make_file
+from dicom_files import HOSTILE_SETS, make_dataset, make_file, to_bytes
 
 from ich_fastai.calibrate import calibrate, fit_decisions, score_levels
 from ich_fastai.evaluate import evaluate
 from ich_fastai.core import InputError, read_stage, save_table
+from ich_fastai.deliver import ich_predict
 from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.model import load_model
 from ich_fastai.cache import Cache
@@ -134,7 +137,7 @@ def test_the_command_writes_slices_studies_and_a_submission(trained, command, tm
         "--all-series",
         "--submission",
     )
-    done = command("ich-predict", *arguments, sample)
+    done = command("ich-predict", *arguments, sample, cold=True)  # or an import that only warm Pythons have is missed
     assert done.returncode == 0, done.stderr[-2000:]
     *table, last = done.stdout.splitlines()
     assert max(map(len, table)) <= 80 and last.startswith("3 images, 1 not used")
@@ -213,3 +216,34 @@ def test_without_a_square_study_to_show_one_line_says_so(trained, tmp_path):
     save_table(table.assign(columns=table["rows"] + 1), tmp_path / "run" / "slices.parquet")
     with pytest.raises(InputError, match="no held-out study has square slices"):
         predict_held_out(tmp_path / "run", tiny_phantom())
+
+
+def test_a_series_that_is_asked_for_is_the_answer(trained, export, tmp_path, capsys):
+    uids = {name: pydicom.dcmread(next((export / name).iterdir())).SeriesInstanceUID for name in ("thick", "noisy")}
+    ask = partial(ich_predict, str(trained / "model"), [str(export)], device="cpu")
+    ask(str(tmp_path / "a.csv"), series=str(uids["noisy"]))
+    slices = pd.read_csv(tmp_path / "a.csv")
+    assert slices.loc[slices["any"].notna(), "SeriesDescription"].unique().tolist() == ["noisy"]
+    assert "used, though noise" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(InputError, match=f"--series 1.2.3: no readable series.*{uids['thick']}") as error:
+        ask(str(tmp_path / "b.csv"), series="1.2.3")
+    assert "\n" not in str(error.value) and not (tmp_path / "b.csv").exists()
+
+
+def test_no_codec_and_no_escape_code_of_a_file_reaches_screen_or_table(trained, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for k, named in enumerate(HOSTILE_SETS):
+        place = ["-120", "-120", str(5 * k)]
+        ds = make_dataset(SOPInstanceUID=f"1.2.{k}", SpecificCharacterSet=named.split("\\"), ImagePositionPatient=place)
+        ds.add_new("PatientID", "LO", b"P")
+        ds.add_new("SeriesDescription", "LO", b"\\ud800\x1b[31mred")
+        ds.add_new("StudyInstanceUID", "UI", b"1.2\x1b[2J\x1b]0;title\x07")
+        (tmp_path / "in" / f"{k}.dcm").write_bytes(to_bytes(ds))
+    out = str(tmp_path / "out.csv")
+    ich_predict(str(trained / "model"), [str(tmp_path / "in")], out, device="cpu", all_series=True)
+    shown = capsys.readouterr()
+    assert "1.2" in shown.out and "\x1b" not in shown.out + shown.err and "\x07" not in shown.out
+    slices = pd.read_csv(out)
+    assert slices["any"].notna().all() and len(slices) == len(HOSTILE_SETS)
+    for path in tmp_path.glob("out*.csv"):
+        assert not {"\x1b", "\x07"} & set(path.read_text()), path.name

@@ -18,7 +18,9 @@ from ich_fastai.exports import SERIES, View, draw_view, save_dataset, write_expo
 from ich_fastai.cohort import measure_noise
 from ich_fastai.geometry import RAYS, REACH, Geometry, measure_look
 from ich_fastai.head import draw_head, make_rng
-from ich_fastai.series import Sight, format_series, read_series, refuse_sight, survey_files
+from ich_fastai.images import refuse_image
+from ich_fastai.series import Sight, format_series, order_images, read_series, refuse_extent, refuse_sight, refuse_tilt
+from ich_fastai.series import survey_files
 
 TRAINING = Geometry((220.0, 240.0, 264.0), (8.0, 10.0, 12.0))
 NAMES = [*SERIES, "scout", "capture", "report", "enhanced"]
@@ -301,6 +303,55 @@ def test_water_is_no_padding():
 def test_what_is_not_hu_is_refused(tags, why):
     with pytest.raises(DicomError, match=why):
         read_slice(make_file(**tags))
+
+
+@pytest.mark.parametrize(
+    ("tags", "why"),
+    [
+        ({}, ""),
+        ({"BurnedInAnnotation": "NO"}, ""),
+        ({"BurnedInAnnotation": "YES"}, "text burned into the image: BurnedInAnnotation is YES"),
+        ({"ImageType": "DERIVED SECONDARY PERFUSION"}, "not in HU: ImageType is DERIVED SECONDARY PERFUSION"),
+        ({"ImageType": "DERIVED PRIMARY DENSITY"}, "not in HU: ImageType is DERIVED PRIMARY DENSITY"),
+        ({"ImageType": "DERIVED PRIMARY CBV"}, "not in HU: ImageType is DERIVED PRIMARY CBV"),
+        ({"RescaleType": "HU_MOD"}, "not in HU: RescaleType is HU_MOD"),
+    ],
+)
+def test_a_tag_refuses_an_image(tags, why):
+    plain = {"ImageType": "ORIGINAL PRIMARY AXIAL", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.2", "Modality": "CT"}
+    plain |= {"pixels": True, "RescaleType": "HU", "BurnedInAnnotation": ""}
+    assert refuse_image(plain | tags) == why
+
+
+@pytest.mark.parametrize(("degrees", "why"), [(34.9, ""), (-34.9, ""), (35.5, "not axial: 36 degrees from it")])
+def test_a_gantry_tilts_so_far(degrees, why):
+    a = np.radians(degrees)
+    lying = pd.DataFrame({"ImageOrientationPatient": [(1.0, 0, 0, 0, np.cos(a), np.sin(a))]})
+    assert refuse_tilt(lying) == why
+
+
+@pytest.mark.parametrize(
+    ("n", "mm", "why"), [(8, 80, ""), (8, 79, "covers 79 mm: a head needs 80 or more"), (7, 99, "7 positions: a head")]
+)
+def test_a_head_is_so_long(n, mm, why):
+    found = refuse_extent(pd.DataFrame({"z_mm": np.linspace(0, mm, n)}), float(mm))
+    assert found.startswith(why) and bool(found) == bool(why)
+
+
+def test_a_brain_that_is_bright_has_had_contrast():
+    series = pd.DataFrame({"ConvolutionKernel": [""], "SeriesDescription": [""], "ContrastBolusAgent": [""]})
+    assert refuse_sight(series, Sight(heads=1.0, bright=0.04), 5.0) == ""
+    assert refuse_sight(series, Sight(heads=1.0, bright=0.05), 5.0) == "5% of the brain is bright, as by contrast"
+
+
+def test_without_positions_locations_tell_the_order_before_numbers():
+    series = pd.DataFrame(
+        {"z_mm": np.nan, "SliceLocation": [(5.0,), (-5.0,), (0.0,)], "InstanceNumber": [(1,), (2,), (3,)]}
+    )
+    ordered, note, known = order_images(series)
+    assert ordered["z_mm"].tolist() == [-5, 0, 5] and note == "no position in space: ordered by SliceLocation" and known
+    again, note, _ = order_images(series.assign(SliceLocation=[(0.0,)] * 3))
+    assert again.index.tolist() == [0, 1, 2] and note.endswith("InstanceNumber") and again["z_mm"].isna().all()
 
 
 def test_a_missing_plugins_reason_keeps_its_remedy(monkeypatch):

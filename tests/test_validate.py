@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import LAYOUT_SIZE as SIZE
 
 from ich_fastai.batches import Settings
 from ich_fastai.core import InputError, read_stage, save_json
@@ -38,13 +39,6 @@ from ich_fastai.validate import (
     score_probabilities,
     validate,
 )
-from test_datasets import SIZE, make_layouts
-
-
-@pytest.fixture(scope="session")
-def layouts(tmp_path_factory):
-    "Each layout: its folder and its truth."
-    return make_layouts(tmp_path_factory.getbasetemp() / "layouts")
 
 
 def spoil_cq500(folder, truth):
@@ -269,7 +263,7 @@ def test_without_labels_of_any_nothing_is_said_of_it(validated, model_dir, tmp_p
 
 
 @pytest.mark.parametrize("name", ["rsna", "bhsd", "mbh_seg", "hemseg200", "nowhere"])
-def test_what_overlaps_the_training_is_refused(layouts, model_dir, tmp_path, name):
+def test_what_overlaps_the_training_is_refused(model_dir, tmp_path, name):
     folder = tmp_path if name != "rsna" else None
     with pytest.raises(InputError) as e:
         if name == "rsna":

@@ -2,8 +2,8 @@
 
 import contextlib
 import json
+import re
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -26,28 +26,20 @@ class Browser:
     "Chromium driven by chromedriver, over plain HTTP (WebDriver)."
 
     def __init__(self, width, height, touch):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        command = [shutil.which("chromedriver"), f"--port={port}"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = {"stderr": subprocess.DEVNULL, "text": True}
+        self.process = subprocess.Popen([shutil.which("chromedriver"), "--port=0"], stdout=subprocess.PIPE, **quiet)
+        said = (re.search(r"started successfully on port (\d+)", line) for line in self.process.stdout)
+        self.url = f"http://127.0.0.1:{next(filter(None, said))[1]}"
         screen = {"width": width, "height": height, "pixelRatio": 1, "touch": touch}
         options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]}
         options |= {"mobileEmulation": {"deviceMetrics": screen}}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"performance": "ALL"}}
         try:
-            self.session = f"/session/{self._first({'capabilities': {'alwaysMatch': wanted}})['sessionId']}"
+            begun = self.call("/session", {"capabilities": {"alwaysMatch": wanted}})
         except Exception:
             self.process.kill()
             raise
-
-    def _first(self, data):
-        for _ in range(200):
-            with contextlib.suppress(urllib.error.URLError):
-                return self.call("/session", data)
-            time.sleep(0.1)
-        raise RuntimeError("chromedriver does not answer")
+        self.session = f"/session/{begun['sessionId']}"
 
     def call(self, path, data):
         request = urllib.request.Request(self.url + path, json.dumps(data).encode(), method="POST")
