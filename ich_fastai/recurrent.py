@@ -7,7 +7,7 @@ __all__ = ['STEPS', 'BATCH', 'CHECKS', 'PARTS', 'keep_features', 'order_series',
            'SeriesNetwork', 'run_network', 'masked_loss', 'fit_network', 'cross_fit_series', 'see_features',
            'add_recurrent', 'add_network', 'predict_series']
 
-# %% ../nbs/17_recurrent.ipynb #17-003
+# %% ../nbs/17_recurrent.ipynb #17-n00
 from pathlib import Path
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,18 +23,18 @@ from .workers import one_thread
 from .guard import checked
 from .labels import LABELS, LOGITS, fill_labels
 from .batches import Place, SliceBatches
+from .network import last_layer
 from .model import Model, load_model, predict_logits
 from .sequence import ADDED, read_together, smooth_logits, split_patients
 
-# %% ../nbs/17_recurrent.ipynb #17-008
+# %% ../nbs/17_recurrent.ipynb #17-n01
 @contextmanager
 def keep_features(
     network: torch.nn.Module,  # of `build_model`
 ) -> Iterator[list[torch.Tensor]]:  # filled as the network runs: (n, d) float16 of each batch, on the CPU
     "Within this context, what the network's last linear layer sees."
     seen: list[torch.Tensor] = []
-    last = [m for m in network.modules() if isinstance(m, torch.nn.Linear)][-1]
-    hook = last.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().half().cpu()))
+    hook = last_layer(network).register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().half().cpu()))
     try:
         yield seen
     finally:

@@ -33,7 +33,7 @@ from .labels import LABELS, LOGITS
 from .cache import read_size
 from .cohort import NEIGHBORS, describe_data, training_rows
 from .batches import Settings, SliceBatches, find_place, slice_loaders
-from .network import build_model
+from .network import build_model, start_at
 from .model import NEVER, Average, loss_weights, make_card, make_loss, save_model
 from .learner import AverageWeights, Checkpoint, FollowEpochs, Journal, ShardedTrainer, StopOnNonFinite
 from .learner import gather_rows, make_learner
@@ -117,6 +117,7 @@ def fit_fold(
     weights = loss_weights(rows, settings.class_weights)
     torch.manual_seed(settings.seed)
     network = build_model(settings.arch, settings.n_in, settings.pretrained_from, settings.image_size)
+    network = start_at(network, rows[list(LABELS)].mean())
     journal = Journal(progress and place.rank == 0, f"fold {fold}")
     path = Path(folder) / f"fold-{fold}-seed-{settings.seed}.pt"
     checkpoint = Checkpoint(path, fingerprint(settings, read_size(cache_dir), rows))
