@@ -207,14 +207,12 @@ def run_cell(arm, seed, fold, options):
         settings = replace(settings, lr=options.lr / 2) if begin else settings
         network = train(work / "real", fold, settings, ("any",), begin, work / "twins" if arm == TWINS else None)
     rows = held_out(work, fold)
-    rows = rows.assign(
-        bare=score(network, rows, work / "real" / "cache", settings),
-        painted=score(network, rows, work / "painted", settings),
-    )
+    caches = {"bare": work / "real" / "cache", "painted": work / "painted"}
+    rows = rows.assign(**{name: score(network, rows, cache, settings) for name, cache in caches.items()})
     facts = {"arm": arm, "seed": seed, "fold": fold, "images": ARMS[arm], "lr": settings.lr, "size": options.size}
     facts |= {"n": len(rows), "seconds": round(time.perf_counter() - start)}
     facts |= {"cpu_seconds": round(time.process_time() - clock)}
-    for column in ("bare", "painted"):
+    for column in caches:
         facts[column] = [round(float(a[0]), 4) for a in aucs(rows.assign(fold=0), column, 0)]
     write_file(weights, lambda p: save_file({k: v.contiguous() for k, v in network.state_dict().items()}, p))
     kept = ["SOPInstanceUID", "PatientID", "any", "fold", "height", "bare", "painted"]

@@ -184,45 +184,40 @@ def start_ingest(folder, out, *options):
 
 def measure_kills(folder, scratch, n=20):
     "SIGKILL the run at random moments, or a Dask worker under it; in the end the cache must be the undisturbed one."
-    import distributed
-
-    rng, folder = (
-        random.Random(0),
-        link_slices(sorted(folder.glob("*.dcm")), scratch / "killed", 3),
-    )  # enough shards that a local pool is used
+    folder = link_slices(sorted(folder.glob("*.dcm")), scratch / "killed", 3)  # enough shards for a local pool
     ingest(folder, scratch / "whole" / "cache", workers=1)
     want, seconds = content(scratch / "whole"), timed(ingest, folder, scratch / "again" / "cache", workers=1)
-    same = 0
-    for k in range(n):
-        out = scratch / f"killed{k}"
-        process = start_ingest(folder, out, "--workers", str(1 + k % 2))
-        time.sleep(rng.uniform(0.3, 1 + seconds))
-        os.killpg(process.pid, signal.SIGKILL)
+    for what, kill in (("the run", kill_run), ("Dask workers, and in half of the cases the run too,", kill_worker)):
+        rng, same = random.Random(0), 0
+        for k in range(n):
+            kill(folder, out := scratch / f"{kill.__name__}{k}", k, seconds, rng)
+            start_ingest(folder, out).wait()
+            same += content(out) == want
+            shutil.rmtree(out)
+        print(f"{what} killed at {n} random moments: {same} of {n} caches equal the undisturbed one")
+
+
+def kill_run(folder, out, k, seconds, rng):
+    "Kill an ingest at a random moment."
+    process = start_ingest(folder, out, "--workers", str(1 + k % 2))
+    time.sleep(rng.uniform(0.3, 1 + seconds))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def kill_worker(folder, out, k, seconds, rng):
+    "Kill a Dask worker at a random moment, every second time the ingest as well: Dask does not always replace one."
+    import distributed
+
+    local = dict(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs="CRITICAL")
+    with distributed.LocalCluster(**local) as cluster, distributed.Client(cluster) as client:
+        process = start_ingest(folder, out, "--scheduler", cluster.scheduler_address)
+        time.sleep(rng.uniform(1, 2 + seconds))
+        victims = [p for p in client.run(os.getpid).values() if psutil.pid_exists(p)]
+        os.kill(rng.choice(victims), signal.SIGKILL)
+        if k % 2:
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        start_ingest(folder, out).wait()
-        same += content(out) == want
-        shutil.rmtree(out)
-    print(f"killed at {n} random moments: {same} of {n} caches equal the undisturbed one")
-    same, local = 0, dict(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs="CRITICAL")
-    for k in range(n):
-        out = scratch / f"dask{k}"
-        with (
-            distributed.LocalCluster(**local) as cluster,
-            distributed.Client(cluster) as client,
-        ):  # Dask does not always replace a killed worker
-            process = start_ingest(folder, out, "--scheduler", cluster.scheduler_address)
-            time.sleep(rng.uniform(1, 2 + seconds))
-            victims = [p for p in client.run(os.getpid).values() if psutil.pid_exists(p)]
-            os.kill(rng.choice(victims), signal.SIGKILL)
-            if k % 2:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        start_ingest(folder, out).wait()
-        same += content(out) == want
-        shutil.rmtree(out)
-    print(
-        f"Dask workers killed in {n} runs, in half of them the run too: {same} of {n} caches equal the undisturbed one"
-    )
 
 
 def main():

@@ -241,6 +241,32 @@ def show_transfer(scores, real):
     print(f"  the {len(single)} single slices, all without bleeding: p(any)", *(f"{v:.2f}" for v in np.sort(single)))
 
 
+def make_and_read(n_patients):
+    "What `read_all` gives of a new phantom; prints how fast it was made."
+    with tempfile.TemporaryDirectory() as tmp:
+        start = time.perf_counter()
+        data = make_phantom(Path(tmp) / "phantom", n_patients)
+        seconds, cores = time.perf_counter() - start, len(os.sched_getaffinity(0))
+        read = read_all(data)
+    used, truth = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]), read[-1]
+    print(f"{len(truth)} slices, {n_patients} patients, any {truth['any'].mean():.3f}")
+    print(f"made in {seconds:.1f} s, {len(truth) / seconds / cores:.1f} slices/s/core on {cores} cores")
+    print(f"{len(truth) / used:.1f} slices a second of processor time")
+    return read
+
+
+def score_without_pictures(headers, histograms, y, folds):
+    "Name: the score of each slice, by what a network should not need."
+    tree = HistGradientBoostingClassifier(max_iter=60, random_state=0)
+    linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+    by_histogram = cross_val_predict(linear, np.sqrt(histograms), y, cv=folds, method="decision_function")
+    return {
+        "header, gradient-boosted tree": cross_val_predict(tree, headers, y, cv=folds, method="predict_proba")[:, 1],
+        "pixels of 50 to 90 HU, count": histograms[:, (BINS[:-1] >= 50) & (BINS[:-1] < 90)].sum(1),
+        "histogram, logistic regression": by_histogram,
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--patients", type=int, default=160)
@@ -248,29 +274,10 @@ def main():
     parser.add_argument("--real", default=os.environ.get("ICH_REAL_DATA", ""))
     args = parser.parse_args()
     warnings.simplefilter("ignore", UserWarning)
-    with tempfile.TemporaryDirectory() as tmp:
-        start = time.perf_counter()
-        data = make_phantom(Path(tmp) / "phantom", args.patients)
-        seconds = time.perf_counter() - start
-        x, histograms, headers, looks, truth = read_all(data)
-        cores = len(os.sched_getaffinity(0))
-        print(f"{len(truth)} slices, {args.patients} patients, any {truth['any'].mean():.3f}")
-        used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-        speed = len(truth) / seconds / cores
-        print(f"made in {seconds:.1f} s, {speed:.1f} slices/s/core on {cores} cores")
-        print(f"{len(truth) / used:.1f} slices a second of processor time")
+    x, histograms, headers, looks, truth = make_and_read(args.patients)
     y, patients = truth["any"].to_numpy(), truth.PatientID.to_numpy()
     folds = list(GroupKFold(4).split(x, y, patients))
-    blood = histograms[:, (BINS[:-1] >= 50) & (BINS[:-1] < 90)].sum(1)
-    tree = HistGradientBoostingClassifier(max_iter=60, random_state=0)
-    linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
-    scores = {
-        "header, gradient-boosted tree": cross_val_predict(tree, headers, y, cv=folds, method="predict_proba")[:, 1],
-        "pixels of 50 to 90 HU, count": blood,
-        "histogram, logistic regression": cross_val_predict(
-            linear, np.sqrt(histograms), y, cv=folds, method="decision_function"
-        ),
-    }
+    scores = score_without_pictures(headers, histograms, y, folds)
     start = time.perf_counter()
     x_real, real = read_real(Path(args.real) / "rsna") if args.real else (np.zeros((0, 96, 96)), None)
     out, out_real = network_scores(x, truth[list(LABELS)].to_numpy(), folds, args.epochs, x_real)

@@ -143,35 +143,30 @@ def flops_of_step(learner, device):
     return counter.get_total_flops()
 
 
-def measure(arch, size, channels, cohort, cache, device, options):
-    "Seconds of each turn, as a row of results."
-    batch, steps = (
-        (options.batch or 64, options.steps or 50) if device == "cuda" else (options.batch or 32, options.steps or 10)
-    )
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    few = pd.concat(
-        [cohort[cohort["fold"] != 0], cohort[cohort["fold"] == 0].head(8)], ignore_index=True
-    )  # a short validation: only training is timed
-    settings = Settings(
-        image_size=size,
-        windows=named_windows(WINDOWS),
-        neighbors=(channels // len(WINDOWS) - 1) // 2,
-        batch_size=batch,
-        epoch_size=batch * steps,
-    )
+def make_turns(arch, size, channels, cohort, cache, device, batch, steps):
+    "A learner on the cohort that times itself, and its callback that does."
+    few = pd.concat([cohort[cohort["fold"] != 0], cohort[cohort["fold"] == 0].head(8)], ignore_index=True)
+    how = dict(image_size=size, windows=named_windows(WINDOWS), batch_size=batch, epoch_size=batch * steps)
+    settings = Settings(**how, neighbors=(channels // len(WINDOWS) - 1) // 2)
     dls = slice_loaders(few, cache, 0, settings, place=Place(torch.device(device)))
     turns = Turns(device, steps)
     loss = make_loss(loss_weights(few, "inverse"), device=device)
-    learner = make_learner(
-        dls, build_model(arch, channels), loss, [FollowEpochs(), Journal(), StopOnNonFinite(), turns]
-    )
+    callbacks = [FollowEpochs(), Journal(), StopOnNonFinite(), turns]
+    return make_learner(dls, build_model(arch, channels), loss, callbacks), turns
+
+
+def measure(arch, size, channels, cohort, cache, device, options):
+    "Seconds of each turn, as a row of results. Few slices are validated: only training is timed."
+    usual = (64, 50) if device == "cuda" else (32, 10)
+    batch, steps = options.batch or usual[0], options.steps or usual[1]
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    learner, turns = make_turns(arch, size, channels, cohort, cache, device, batch, steps)
     flops = flops_of_step(learner, device)
     learner.fit_one_cycle(options.rounds + 1, 1e-4)
-    ours, resident = (
-        statistics.median(seconds[1:]) / steps for seconds in (turns.end_to_end, turns.resident)
-    )  # the first turn warms up
+    both = (turns.end_to_end, turns.resident)
+    ours, resident = (statistics.median(seconds[1:]) / steps for seconds in both)  # the first turn warms up
     return {
         "images_per_s": round(batch / ours, 1),
         "resident_images_per_s": round(batch / resident, 1),

@@ -172,9 +172,7 @@ def ich_onnx(
     with make_scratch() as folder:
         made = export_onnx(model, folder / "model.onnx")
         if (difference := check_onnx(made, loaded, hu)) > 1e-4:
-            raise InputError(
-                f"{file}: not written, it differs from torch by {difference:.2g}; give another model folder"
-            )
+            raise InputError(f"{file}: not written, it differs from torch by {difference:.2g}; give another model")
         path = write_file(file, lambda p: shutil.copy(made, p))
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, as torch to {difference:.1g}. Not a medical device.")
     if loaded.card.get("smooth"):

@@ -153,7 +153,7 @@ def test_neighbors_are_those_of_the_series_in_order(cohort, run_dir):
         (lambda c, d: training_rows(c.assign(fold=0), 0, "none"), "too few patients"),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line(cohort, run_dir, call, message):
+def test_wrong_settings_and_rows_are_one_line(cohort, run_dir, call, message):
     with pytest.raises(InputError, match=message) as error:
         call(cohort, run_dir)
     assert "\n" not in str(error.value)

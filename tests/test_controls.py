@@ -104,7 +104,7 @@ def test_what_reads_blood_falls_to_one_half_when_it_is_painted_over(phantom_slic
 
 
 @pytest.mark.parametrize("which", ["no positive", "one patient", "one slice"])
-def test_the_stage_survives_too_little_data(simulated_run, write_predictions, too_little, tmp_path, which):
+def test_the_controls_survive_too_little_data(simulated_run, write_predictions, too_little, tmp_path, which):
     shutil.copytree(simulated_run, tmp_path / "run")
     rows = too_little(pd.read_parquet(simulated_run / "cohort.parquet"), which)
     write_predictions(tmp_path / "run", rows, (rows["fold"].iloc[0],))

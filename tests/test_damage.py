@@ -58,6 +58,12 @@ def run_dir(tmp_path_factory, simulated_run, write_predictions):
         (run / "few_dicom" / f"{k:02}.dcm").write_bytes(make_file(HEAD + k, SOPInstanceUID=f"1.2.{k}"))
     ingest(run / "few_dicom", run / "few" / "cache", 32, workers=1)
     write_networks(run)
+    write_results(run)
+    return run
+
+
+def write_results(run):
+    "What a report shows and vouches for."
     for name in ("metrics.csv", "tables/headline.csv", "model/history.csv"):
         save_table(pd.DataFrame({"label": ["any"], "value": [0.893]}), run / name)
     save_captioned({"auc.svg": (plt.figure(), "AUC.")}, run)
@@ -68,7 +74,6 @@ def run_dir(tmp_path_factory, simulated_run, write_predictions):
     about |= {"python": "3", "versions": {}, "parameters": {}, "synthetic": True, "seconds": {STAGE: 1.0}}
     about["checksums"] = sum_written(run, {}, "22_evaluate")
     save_json(about, run / "manifest.json", checked=True)
-    return run
 
 
 def write_networks(run):

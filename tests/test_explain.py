@@ -56,7 +56,7 @@ def test_a_mistake_is_a_wrong_call_at_the_threshold(simulated_run, write_predict
 
 
 @pytest.mark.parametrize("which", ["no positive", "one patient", "one slice"])
-def test_the_stage_survives_too_little_data(simulated_run, write_predictions, too_little, tmp_path, which):
+def test_the_explanation_survives_too_little_data(simulated_run, write_predictions, too_little, tmp_path, which):
     shutil.copytree(simulated_run, tmp_path / "run")
     rows = too_little(pd.read_parquet(simulated_run / "cohort.parquet"), which)
     write_predictions(tmp_path / "run", rows, (rows["fold"].iloc[0],))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 from dicom_files import HEAD, HOSTILE_SETS, make_dataset, make_file, plain_variants, to_bytes
 from test_dicom import flip_bytes, gdcm_encode
@@ -517,47 +518,57 @@ def test_the_command_waits_for_no_heavy_import(command):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def bad_files():
-    "Name: bytes of a file that cannot be used, and the start of its reason."
-    good, ds = make_file(HEAD[:16, :16]), make_dataset(HEAD[:16, :16])
-    group = good.index(b"\x28\0\x10\0US")  # the element Rows
-    pixels = good.index(b"\xe0\x7f\x10\0OW")
-    directory = make_dataset(HEAD[:16, :16], PixelData=None, Modality=None)
-    import pydicom
+GOOD = make_file(HEAD[:16, :16])
+ROWS, PIXELS = GOOD.index(b"\x28\0\x10\0US"), GOOD.index(b"\xe0\x7f\x10\0OW")  # where these elements begin
 
-    record = pydicom.Dataset()
-    record.DirectoryRecordType = "PATIENT"
-    directory.DirectoryRecordSequence = pydicom.Sequence([record])
-    rgb = np.zeros((16, 16, 3), np.uint8)
-    color = dict(
-        SamplesPerPixel=3,
-        PhotometricInterpretation="RGB",
-        PlanarConfiguration=0,
-        BitsAllocated=8,
-        BitsStored=8,
-        Rows=16,
-        Columns=16,
-    )
+
+def no_dicom_files():
+    "Name: bytes that are no DICOM file, or begin as one; the start of the reason."
     rng = np.random.default_rng(3)
-    jpeg = to_bytes(ds)
-    cuts = (1, 100, 130, 140, 200, 300, 400, group + 3, group + 9, pixels + 4, pixels + 12, pixels + 100)
-    cut = {f"cut at byte {n}": (good[:n], None) for n in cuts}
-    return cut | {
+    return {
         "empty": (b"", "empty file"),
         "text": (b"It was a dark and stormy night. " * 20, "not a DICOM file"),
         "random": (rng.bytes(5000), "not a DICOM file"),
         "zeros": (bytes(5000), "not a DICOM file"),
         "png": (b"\x89PNG\r\n\x1a\n" + rng.bytes(500), "not a DICOM file"),
-        "no preamble, cut": (good[132:400], None),
-        "only a preamble": (good[:132], None),
-        "random after the preamble": (good[:132] + rng.bytes(3000), None),
-        "random after the meta header": (good[:300] + rng.bytes(3000), None),
-        "dicomdir": (to_bytes(directory), "not an image"),
-        "no pixel data": (good[:pixels], "no pixel data"),
-        "pixel length too short": (good[:pixels] + b"\xe0\x7f\x10\0OW\0\0\x10\0\0\0" + bytes(16), "truncated"),
-        "pixel length too long": (good[:pixels] + b"\xe0\x7f\x10\0OW\0\0\xf0\xff\xff\x0f" + bytes(500), "truncated"),
-        "pixel length undefined": (good[:pixels] + b"\xe0\x7f\x10\0OW\0\0\xff\xff\xff\xff" + bytes(512), None),
-        "element length too long": (good[: group + 6] + b"\xff\xff" + good[group + 8 :], None),
+        "no preamble, cut": (GOOD[132:400], None),
+        "only a preamble": (GOOD[:132], None),
+        "random after the preamble": (GOOD[:132] + rng.bytes(3000), None),
+        "random after the meta header": (GOOD[:300] + rng.bytes(3000), None),
+    }
+
+
+def make_directory():
+    "A DICOMDIR."
+    directory, record = make_dataset(HEAD[:16, :16], PixelData=None, Modality=None), pydicom.Dataset()
+    record.DirectoryRecordType = "PATIENT"
+    directory.DirectoryRecordSequence = pydicom.Sequence([record])
+    return to_bytes(directory)
+
+
+def broken_files():
+    "Name: bytes of a file that is cut, or whose elements are not as they say; the start of the reason."
+    cuts = (1, 100, 130, 140, 200, 300, 400, ROWS + 3, ROWS + 9, PIXELS + 4, PIXELS + 12, PIXELS + 100)
+    return {f"cut at byte {n}": (GOOD[:n], None) for n in cuts} | {
+        "dicomdir": (make_directory(), "not an image"),
+        "no pixel data": (GOOD[:PIXELS], "no pixel data"),
+        "pixel length too short": (GOOD[:PIXELS] + b"\xe0\x7f\x10\0OW\0\0\x10\0\0\0" + bytes(16), "truncated"),
+        "pixel length too long": (GOOD[:PIXELS] + b"\xe0\x7f\x10\0OW\0\0\xf0\xff\xff\x0f" + bytes(500), "truncated"),
+        "pixel length undefined": (GOOD[:PIXELS] + b"\xe0\x7f\x10\0OW\0\0\xff\xff\xff\xff" + bytes(512), None),
+        "element length too long": (GOOD[: ROWS + 6] + b"\xff\xff" + GOOD[ROWS + 8 :], None),
+        "unknown syntax": (GOOD.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.9.9.9\0"), None),
+        "big endian in name only": (GOOD.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.2\0"), None),
+        "jpeg in name only": (GOOD.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.4\0"), None),
+        "deflated in name only": (GOOD.replace(b"1.2.840.10008.1.2.1\0\x02\0", b"1.2.840.10008.1.2.1.99"), None),
+        "nested too deep": (GOOD[:PIXELS] + b"\x40\0\x75\xa7SQ\0\0\xff\xff\xff\xff" * 3000, None),
+    }
+
+
+def odd_headers():
+    "Name: bytes of a whole file whose header says that it is no slice in HU; the start of the reason."
+    rgb = dict(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0, Rows=16, Columns=16)
+    rgb |= dict(BitsAllocated=8, BitsStored=8, PixelData=bytes(16 * 16 * 3))
+    return {
         "no rows": (make_file(Rows=None), "no such size"),
         "rows 0": (make_file(Rows=0), "no such size"),
         "absurd size": (make_file(Rows=65535, Columns=65535), "no such size"),
@@ -572,7 +583,7 @@ def bad_files():
         "mr": (make_file(Modality="MR"), "not CT"),
         "no modality": (make_file(Modality=None), "not CT"),
         "multi-frame": (make_file(np.stack([HEAD] * 3), NumberOfFrames=3), "multi-frame"),
-        "color": (make_file(PixelData=rgb.tobytes(), **color), "not gray"),
+        "color": (make_file(**rgb), "not gray"),
         "palette": (make_file(PhotometricInterpretation="PALETTE COLOR"), "not gray"),
         "no bits": (make_file(BitsAllocated=None), "bad pixel format"),
         "17 bits of 16": (make_file(BitsStored=17, HighBit=16), "bad pixel format"),
@@ -580,12 +591,12 @@ def bad_files():
         "iodine": (make_file(RescaleType="MGML"), "not in HU"),
         "no representation": (make_file(PixelRepresentation=None), "bad pixel format"),
         "no uid": (make_file(SOPInstanceUID=None), "no SOPInstanceUID"),
-        "unknown syntax": (good.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.9.9.9\0"), None),
-        "big endian in name only": (good.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.2\0"), None),
-        "jpeg in name only": (jpeg.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.4\0"), None),
-        "deflated in name only": (good.replace(b"1.2.840.10008.1.2.1\0\x02\0", b"1.2.840.10008.1.2.1.99"), None),
-        "nested too deep": (good[:pixels] + b"\x40\0\x75\xa7SQ\0\0\xff\xff\xff\xff" * 3000, None),
     }
+
+
+def bad_files():
+    "Name: bytes of a file that cannot be used, and the start of its reason."
+    return no_dicom_files() | broken_files() | odd_headers()
 
 
 def write_odd_entries(folder):

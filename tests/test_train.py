@@ -546,7 +546,7 @@ def test_wrong_arms_are_one_line(short_run):
         (lambda f: train_arms(f / "run", ["none+none"]), "model.json: not there; notebook 12_train makes it"),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line(cohort, tmp_path, call, message):
+def test_a_training_that_cannot_be_is_one_line(cohort, tmp_path, call, message):
     torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "other.pth")
     run_folder(tmp_path / "run", cohort)
     with pytest.raises(InputError, match=message) as error:

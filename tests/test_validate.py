@@ -115,7 +115,7 @@ def test_the_network_sees_the_phantoms_slices_in_order_and_the_right_way_round(l
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_command_on_each_layout_counts_the_phantoms_truth(validated, name):
-    out, truth, screen, folder = validated(name)
+    out, truth, screen, _ = validated(name)
     tables = out / "tables"
     assert screen.endswith(f"\n\nMore: {out / 'index.html'}\n") and not (out / ".lock").exists()
     assert all(len(line) <= 80 for line in screen.splitlines() if not line.startswith("More: "))
@@ -134,6 +134,12 @@ def test_the_command_on_each_layout_counts_the_phantoms_truth(validated, name):
         of = metrics.query("level == 'study' and metric == 'specificity'")
         assert of["note"].eq("undefined: no negative").all() and of["value"].isna().all()
         assert page.count(f"No labels of {', '.join(SUBTYPES)}") == 1 and "By study all bleed: no specificity" in page
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_tables_and_pages_of_each_layout_say_what_they_know(validated, name):
+    out, truth, _, folder = validated(name)
+    tables, page = out / "tables", (out / "index.html").read_text()
     if name == "phe_sich":
         assert all("8-bit" in pd.read_csv(tables / f"{t}.csv")["data"].iloc[0] for t in ("metrics", "shift", "series"))
     shift = pd.read_csv(tables / "shift.csv")  # this model is older than a description of its training's inputs
