@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -33,23 +33,21 @@ class Training(NamedTuple):
     folder: Path  # arms/<arm>/seed-<seed> of the run
     settings: Settings
 
-# %% ../nbs/16_arms.ipynb #16-n02
+# %% ../nbs/16_arms.ipynb #16-n01
 def plan_arms(
     run_dir: str | Path,  # with model/model.json
     arms: Sequence[str],  # balance+class_weights
     seeds: int = 3,  # of each arm: the main model's and those after it
     epochs: int = 0,  # of each training; 0 for the main model's
     epoch_size: int = 0,  # slices an epoch; 0 for the main model's
-    image_size: int = 0,  # px; 0 for the main model's
 ) -> list[Training]:
     "The trainings of the comparison, arm by arm. Raises `InputError` for a wrong arm, or where there is nothing to do."
-    sizes: dict[str, Any] = {"epochs": epochs, "epoch_size": epoch_size, "image_size": image_size}
-    check_ranges(arms=arms, seeds=seeds, **{f"arm_{name}": size for name, size in sizes.items()})
+    check_ranges(arms=arms, seeds=seeds, arm_epochs=epochs, arm_epoch_size=epoch_size)
     try:
         main = Settings(**read_stage(run_dir, "model/model.json")["settings"])
     except (KeyError, TypeError) as e:
         raise InputError(f"{run_dir}/model/model.json: of another version; run notebook 12 again") from e
-    base = replace(main, **{name: size for name, size in sizes.items() if size}, networks=1)
+    base = replace(main, epochs=epochs or main.epochs, epoch_size=epoch_size or main.epoch_size, networks=1)
     each = {arm: base.with_arm(arm) for arm in arms}  # a wrong one is known before the first is trained
     home, numbers = Path(run_dir) / "arms", range(main.seed, main.seed + seeds)
     return [
@@ -75,7 +73,7 @@ def is_trained(
     held_out = cohort.loc[cohort["fold"] == fold, columns].reset_index(drop=True)
     return marks == [(fold, fingerprint(training.settings, cache_size, rows))] and found.equals(held_out)
 
-# %% ../nbs/16_arms.ipynb #16-n05
+# %% ../nbs/16_arms.ipynb #16-n03
 def train_arms(
     run_dir: str | Path,  # with cohort.parquet, cache/ and model/
     arms: Sequence[str],  # balance+class_weights
@@ -83,13 +81,12 @@ def train_arms(
     seeds: int = 3,  # of each arm
     epochs: int = 0,  # of each training; 0 for the main model's
     epoch_size: int = 0,  # slices an epoch; 0 for the main model's
-    image_size: int = 0,  # px; 0 for the main model's
     workers: int = 0,  # processes on a CPU; 0 for as many as the cores and the slices allow
     progress: bool = False,  # show a bar
 ) -> dict[str, int]:  # arm/seed: 1 where it was trained now, 0 where it was there
     "Train what is not there yet into arms/; nothing is removed. Killed, the same call goes on."
     check_ranges(workers=workers)
-    trainings = plan_arms(run_dir, arms, seeds, epochs, epoch_size, image_size)
+    trainings = plan_arms(run_dir, arms, seeds, epochs, epoch_size)
     cohort, cache_size = read_stage(run_dir, "cohort.parquet"), read_size(stage_file(run_dir, "cache"))
     fold = read_stage(run_dir, "model/model.json")["training"]["folds"][0]["fold"]
     todo = [t for t in trainings if not is_trained(t, cohort, cache_size, fold)]

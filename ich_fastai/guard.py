@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from .core import WINDOWS, InputError
 
-# %% ../nbs/00c_guard.ipynb #00c-n00
+# %% ../nbs/00c_guard.ipynb #00-006
 _SHARE, _SLICES = (0.0, 1.0), (0, 10**8)
 _BALANCE, _WEIGHTS = ("undersample", "none"), ("inverse", "none", "competition")
 RANGES: dict[str, tuple] = {"seed": (0, 2**32 - 1)}
@@ -32,7 +32,7 @@ RANGES |= {"epochs": (1, 1000), "epoch_size": _SLICES, "networks": (1, 100)}
 RANGES |= {"lr": (1e-9, 1.0), "ema": (0.0, 0.99999), "recurrent": (0, 1024)}
 RANGES |= {"balance": _BALANCE, "class_weights": _WEIGHTS, "smooth": _SHARE}
 RANGES |= {"arms": tuple(f"{b}+{w}" for b in _BALANCE for w in _WEIGHTS), "seeds": (1, 100)}
-RANGES |= {"arm_epochs": (0, 1000), "arm_epoch_size": _SLICES, "arm_image_size": (0, 2048)}  # px
+RANGES |= {"arm_epochs": (0, 1000), "arm_epoch_size": _SLICES}
 RANGES |= {"n_boot": (0, 100_000), "wanted_sensitivity": (0.01, 1.0), "coverage": (0.01, 1.0), "max_slices": (1, 10**8)}
 LISTS = {"windows", "folds", "arms"}  # of such values, each once
 

@@ -180,7 +180,7 @@ STAGE_CALLS = {  # each stage from Python, on a folder that is not there: a wron
     "adopt": (adopt, {"dataset": None, "run_dir": "nowhere"}),
     "Settings": (Settings, {}),
 }
-ALIAS = {("train_arms", name): f"arm_{name}" for name in ("epochs", "epoch_size", "image_size")}
+ALIAS = {("train_arms", "epochs"): "arm_epochs", ("train_arms", "epoch_size"): "arm_epoch_size"}
 PAIRS = [
     (stage, name)
     for stage, (function, _) in STAGE_CALLS.items()
