@@ -32,7 +32,7 @@ from ich_fastai.ingest import ingest
 from ich_fastai.labels import LABELS, find_dataset, read_labels, tabulate_labels
 from ich_fastai.metrics import ESTIMATE, Estimate, draw_patients, find_estimate, label_metrics, say_difference
 from ich_fastai.metrics import weighted_log_losses
-from ich_fastai.network import build_model
+from ich_fastai.network import build_model, start_at
 from ich_fastai.model import load_model, loss_weights, make_loss
 from ich_fastai.phantom import make_phantom
 from ich_fastai.predict import decide
@@ -106,6 +106,7 @@ def train_cell(cohort, work, settings, augment, extra, fold):
     dls = slice_loaders(few, work / "cache", fold, settings, augment=augment)
     torch.manual_seed(settings.seed)
     network = build_model(settings.arch, settings.n_in, settings.pretrained_from)
+    network = start_at(network, few.loc[few["fold"] != fold, list(LABELS)].mean())
     callbacks = [FollowEpochs(), StopOnNonFinite()] + [FreezeBody()] * ("frozen" in extra)
     if "ema" in extra:
         callbacks.append(AverageWeights(network, 0.999))

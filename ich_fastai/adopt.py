@@ -6,7 +6,7 @@
 __all__ = ['check_trainable', 'say_limits', 'blank_row', 'find_heights', 'describe_pixels', 'read_rows', 'cache_studies', 'adopt',
            'find_frames', 'frame_heads']
 
-# %% ../nbs/39b_adopt.ipynb #39b-n00
+# %% ../nbs/39b_adopt.ipynb #39-002
 import shutil
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def say_limits(dataset: Dataset) -> list[str]:  # sentences
         says.append("Every study bleeds: nothing by study tells those that do from those that do not.")
     return [*says, "The paper's figures are RSNA's, and are not set beside this data."]
 
-# %% ../nbs/39b_adopt.ipynb #39b-n03
+# %% ../nbs/39b_adopt.ipynb #39-013
 def blank_row(dataset: Dataset, study: str) -> dict:  # a row of the slice table
     "What is known of a study that is not read."
     patient = dataset.labels.loc[dataset.labels["study"].eq(study), "PatientID"].iloc[0]
@@ -103,7 +103,7 @@ def read_rows(
             rows.append((stack.hu[k], found | {"brain_fraction": brain_fraction(stack.hu[k])}))
     return rows
 
-# %% ../nbs/39b_adopt.ipynb #39b-n09
+# %% ../nbs/39b_adopt.ipynb #39-020
 def cache_studies(
     dataset: Dataset,
     run_dir: Path,  # gets cache/ and slices.parquet
@@ -130,7 +130,7 @@ def cache_studies(
         raise InputError(f"{dataset.facts.name}: no readable slice, e.g. {slices['error'].iloc[0]}")
     return slices
 
-# %% ../nbs/39b_adopt.ipynb #39-019
+# %% ../nbs/39b_adopt.ipynb #39-023
 @checked
 def adopt(
     dataset: Dataset,
@@ -152,7 +152,7 @@ def adopt(
         save_table(make_harmless(table), run_dir / "tables" / f"{name}.csv")
     return slices
 
-# %% ../nbs/39b_adopt.ipynb #39b-n14
+# %% ../nbs/39b_adopt.ipynb #39-029
 def find_frames(
     run_dir: str | Path,  # with cache/ and cohort.parquet
 ) -> dict[int, np.ndarray]:  # of each address (2, 3): the affine map that brings the slice's head to its frame

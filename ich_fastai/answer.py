@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hash_weights', 'describe_model', 'answer_study', 'write_answer']
 
-# %% ../nbs/34_answer.ipynb #34-n00
+# %% ../nbs/34_answer.ipynb #34-003
 import hashlib
 import importlib.metadata
 import math
@@ -20,7 +20,7 @@ from .series import Survey
 from .predict import SERIES_COLUMNS, Study, summarize_studies
 from .viewer import hash_uid
 
-# %% ../nbs/34_answer.ipynb #34-n01
+# %% ../nbs/34_answer.ipynb #34-008
 def hash_weights(
     folder: str | Path,  # model/ of a run
     card: dict,  # its model.json
@@ -47,7 +47,7 @@ def describe_model(
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
-# %% ../nbs/34_answer.ipynb #34-n02
+# %% ../nbs/34_answer.ipynb #34-011
 def _plain(value):
     "A value as JSON has it: null for what is missing."
     missing = value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value))
@@ -85,7 +85,7 @@ def answer_study(
         "not_a_medical_device": "for research and teaching only",
     }
 
-# %% ../nbs/34_answer.ipynb #34-n04
+# %% ../nbs/34_answer.ipynb #34-020
 def write_answer(
     model: Model,
     study: Study,

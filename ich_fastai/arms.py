@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Training', 'plan_arms', 'is_trained', 'train_arms', 'read_arms']
 
-# %% ../nbs/16_arms.ipynb #16-n00
+# %% ../nbs/16_arms.ipynb #16-002
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,7 +33,7 @@ class Training(NamedTuple):
     folder: Path  # arms/<arm>/seed-<seed> of the run
     settings: Settings
 
-# %% ../nbs/16_arms.ipynb #16-n01
+# %% ../nbs/16_arms.ipynb #16-009
 def plan_arms(
     run_dir: str | Path,  # with model/model.json
     arms: Sequence[str],  # balance+class_weights
@@ -73,7 +73,7 @@ def is_trained(
     held_out = cohort.loc[cohort["fold"] == fold, columns].reset_index(drop=True)
     return marks == [(fold, fingerprint(training.settings, cache_size, rows))] and found.equals(held_out)
 
-# %% ../nbs/16_arms.ipynb #16-n03
+# %% ../nbs/16_arms.ipynb #16-015
 def train_arms(
     run_dir: str | Path,  # with cohort.parquet, cache/ and model/
     arms: Sequence[str],  # balance+class_weights
@@ -96,7 +96,7 @@ def train_arms(
     run_calls(calls, count_processes(slices, workers), progress)
     return {name(t): int(name(t) in calls) for t in trainings}
 
-# %% ../nbs/16_arms.ipynb #16-n06
+# %% ../nbs/16_arms.ipynb #16-018
 def read_arms(
     run_dir: str | Path,  # of a run
     only: Collection[str] | None = None,  # arm/seed-<k>, of `train_arms`; all that are there by default

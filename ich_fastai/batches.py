@@ -8,7 +8,7 @@ __all__ = ['USUAL', 'ALONE', 'CHANGES', 'named_windows', 'Settings', 'resize_hu'
            'Buffer', 'Place', 'find_place', 'SliceBatches', 'slice_loaders', 'plot_input', 'plot_augmentation',
            'draw_inputs']
 
-# %% ../nbs/10_batches.ipynb #10-n00
+# %% ../nbs/10_batches.ipynb #10-002
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -150,7 +150,7 @@ def affine_maps(
     rows = [torch.stack([cos * flip, -sin, shift[:, 0]], 1), torch.stack([sin * flip, cos, shift[:, 1]], 1)]
     return torch.stack(rows, 1)
 
-# %% ../nbs/10_batches.ipynb #10-n01
+# %% ../nbs/10_batches.ipynb #10-021
 def move_slices(
     hu: torch.Tensor,  # (n, c, H, W) HU
     maps: torch.Tensor,  # (n, 2, 3) of `affine_maps`
@@ -341,7 +341,7 @@ def slice_loaders(
     valid = SliceBatches(held_out, cache_dir, settings, train=False, place=place)
     return DataLoaders(train, valid, device=place.device)
 
-# %% ../nbs/10_batches.ipynb #10-n02
+# %% ../nbs/10_batches.ipynb #10-050
 def plot_input(
     x: torch.Tensor,  # (c, H, H) in -1 to 1, one input
     y: torch.Tensor,  # (6,) its labels
@@ -362,7 +362,7 @@ def plot_input(
     fig.suptitle(f"An input of {len(x)} channel{'s' * (len(x) > 1)}\n{shown}")
     return fig
 
-# %% ../nbs/10_batches.ipynb #10-n03
+# %% ../nbs/10_batches.ipynb #10-051
 CHANGES = {"mirrored": [0], "turned": [1], "zoomed": [2], "shifted": [3, 4], "noise": [5], "window": [6, 7]}
 
 

@@ -7,7 +7,7 @@ __all__ = ['DECODE_SECONDS', 'DECODE_BYTES', 'COLUMNS', 'SCHEMA', 'SHARD_ROWS', 
            'resize_slice', 'read_row', 'make_table', 'shard_paths', 'save_shard', 'write_shard', 'read_shard',
            'save_settings', 'read_size', 'Cache']
 
-# %% ../nbs/07_cache.ipynb #07-n01
+# %% ../nbs/07_cache.ipynb #07-002
 import json
 import os
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ from .workers import Helper, WorkerLost
 from .dicom import SliceRecord, read_slice
 from .plain import read_plain
 
-# %% ../nbs/07_cache.ipynb #07-029
+# %% ../nbs/07_cache.ipynb #07-007
 def read_into(
     path: str | Path,  # any path
     buffer: bytearray | mmap | None = None,  # to read into, where it is large enough
@@ -42,7 +42,7 @@ def read_into(
             n += step
         return view[:n], about
 
-# %% ../nbs/07_cache.ipynb #07-032
+# %% ../nbs/07_cache.ipynb #07-010
 DECODE_SECONDS, DECODE_BYTES = 60, 4 << 30  # what one file may take
 
 
@@ -70,7 +70,7 @@ class Decoder(Helper):
         except Exception as e:  # whatever a broken file makes the decoder raise
             raise DicomError(f"cannot be decoded: {type(e).__name__}: {e}"[:1000]) from e
 
-# %% ../nbs/07_cache.ipynb #07-035
+# %% ../nbs/07_cache.ipynb #07-013
 def resize_slice(
     hu: np.ndarray,  # (H, W) int16 HU
     size: int,  # px
@@ -80,7 +80,7 @@ def resize_slice(
         return hu
     return cv2.resize(hu, (size, size), interpolation=cv2.INTER_AREA if min(hu.shape) >= size else cv2.INTER_LINEAR)
 
-# %% ../nbs/07_cache.ipynb #07-038
+# %% ../nbs/07_cache.ipynb #07-016
 def read_row(
     path: str | Path,  # a DICOM file
     size: int,  # px
@@ -99,7 +99,7 @@ def read_row(
     except DicomError as e:
         return None, row | {"error": printable(str(e))}
 
-# %% ../nbs/07_cache.ipynb #07-041
+# %% ../nbs/07_cache.ipynb #07-019
 _KINDS = {str: "string", int: "Int32", float: "float64", bool: "boolean"}
 COLUMNS = {"file": "string"} | {name: _KINDS[kind] for name, kind in SliceRecord.__annotations__.items()}
 COLUMNS |= {"BitsStored": "Int16", "PixelRepresentation": "Int8", "bytes": "Int64", "modified_ns": "Int64"}
@@ -116,7 +116,7 @@ def make_table(
     columns = [pa.array([row.get(f.name) for row in rows], f.type, from_pandas=True) for f in SCHEMA]  # NaN is null
     return pa.table(columns, SCHEMA)
 
-# %% ../nbs/07_cache.ipynb #07-044
+# %% ../nbs/07_cache.ipynb #07-022
 SHARD_ROWS = 1024
 
 
@@ -125,7 +125,7 @@ def shard_paths(cache_dir: str | Path, number: int) -> tuple[Path, Path]:
     stem = Path(cache_dir) / f"shard-{number:05d}"
     return stem.with_suffix(".npy"), stem.with_suffix(".parquet")
 
-# %% ../nbs/07_cache.ipynb #07-046
+# %% ../nbs/07_cache.ipynb #07-024
 NPY_HEADER = 128  # bytes before the pixels in numpy's format
 
 
@@ -134,7 +134,7 @@ def _write_header(file, n: int, size: int) -> None:
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, {"descr": "<i2", "fortran_order": False, "shape": (n, size, size)})
 
-# %% ../nbs/07_cache.ipynb #07-n06
+# %% ../nbs/07_cache.ipynb #07-026
 def save_shard(
     cache_dir: str | Path,
     number: int,  # of the shard
@@ -162,7 +162,7 @@ def save_shard(
     write_checked(table_path, lambda path: write_table(table, path))
     return table
 
-# %% ../nbs/07_cache.ipynb #07-n08
+# %% ../nbs/07_cache.ipynb #07-028
 def write_shard(
     files: list[str],  # at most SHARD_ROWS paths in `dicom_dir`
     cache_dir: str | Path,
@@ -188,7 +188,7 @@ def write_shard(
         cv2.setNumThreads(threads)
     return table.select(["file", "bytes", "error"]).to_pandas()
 
-# %% ../nbs/07_cache.ipynb #07-054
+# %% ../nbs/07_cache.ipynb #07-032
 TRANSIENT = ("not decoded", "cannot be read")  # kinds of error that may be gone the next time
 
 
@@ -207,19 +207,19 @@ def read_shard(
         return None
     return rows if right and not rows["error"].str.startswith(TRANSIENT).any() else None
 
-# %% ../nbs/07_cache.ipynb #07-057
+# %% ../nbs/07_cache.ipynb #07-035
 def save_settings(cache_dir: str | Path, size: int) -> None:  # px, side of the cached slices
     "Write `cache.json`: what every reader of the cache must know."
     about = {"size": size, "dtype": "int16", "unit": "HU", "shard_rows": SHARD_ROWS, "resize": "area; linear upward"}
     save_json(about, Path(cache_dir) / "cache.json", checked=True)
 
-# %% ../nbs/07_cache.ipynb #07-058
+# %% ../nbs/07_cache.ipynb #07-036
 def read_size(cache_dir: str | Path) -> int:  # px, side of the cached slices
     "What `cache.json` says. Raises `InputError` where it cannot be read."
     path = Path(cache_dir) / "cache.json"
     return read_run_file(path, lambda f: int(json.load(f)["size"]), f"delete {cache_dir}, run notebook 08_ingest again")
 
-# %% ../nbs/07_cache.ipynb #07-n10
+# %% ../nbs/07_cache.ipynb #07-039
 class Cache:
     "The slices of the cache that `ingest` wrote, by address. Raises `InputError` when there is none."
 

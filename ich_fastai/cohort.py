@@ -35,7 +35,7 @@ def name_series(
     alone = slices["SOPInstanceUID"].where(ids[0].eq("") & ids[1].eq(""), "")
     return uid.where(uid.ne(""), "no SeriesInstanceUID: " + ids[0] + "|" + ids[1] + "|" + size + "|" + alone)
 
-# %% ../nbs/09_cohort.ipynb #09-n03
+# %% ../nbs/09_cohort.ipynb #09-010
 def join_labels(
     labels: pd.DataFrame,  # index SOPInstanceUID, six label columns
     slices: pd.DataFrame,  # a row per DICOM file, as notebook 08 writes it
@@ -84,7 +84,7 @@ def input_addresses(
     columns = [name for name in sorted(steps, key=lambda name: steps[name]) if abs(steps[name]) <= neighbors]
     return cohort[columns].to_numpy("int64")
 
-# %% ../nbs/09_cohort.ipynb #09-n06
+# %% ../nbs/09_cohort.ipynb #09-021
 @checked
 def assign_folds(
     cohort: pd.DataFrame,  # PatientID and six label columns
@@ -122,12 +122,12 @@ def plot_brain_fraction(
     ax.legend()
     return fig
 
-# %% ../nbs/09_cohort.ipynb #09-n08
+# %% ../nbs/09_cohort.ipynb #09-029
 def read_exclusions() -> pd.Series:  # index id, values reason
     "Known bad slices and why they are left out."
     return pd.read_csv(project_dir() / "data" / "exclusions.csv", comment="#", index_col="id")["reason"]
 
-# %% ../nbs/09_cohort.ipynb #09-n00
+# %% ../nbs/09_cohort.ipynb #09-032
 COHORT_COLUMNS = (
     *("SOPInstanceUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", *LABELS, "fold", "position", "z_mm"),
     *("shard", "row", "address", *NEIGHBORS, "crc32", "brain_fraction", "BitsStored", "PixelRepresentation"),

@@ -7,7 +7,7 @@ __all__ = ['FIELD_MM', 'BONE_HU', 'FAINT', 'HEADER_TAGS', 'SAME_POSITION', 'rela
            'inside_skull', 'find_blobs', 'paint_over', 'true_masks', 'header_scores', 'control_rows', 'choose_patients',
            'network_scores', 'control_table', 'short_table', 'plot_controls', 'plot_painted', 'controls']
 
-# %% ../nbs/23_controls.ipynb #23-n00
+# %% ../nbs/23_controls.ipynb #23-003
 from pathlib import Path
 
 import cv2
@@ -167,7 +167,7 @@ def true_masks(
         stack = np.where(bleeds[:, None, None], stack, stack[other])
     return stack
 
-# %% ../nbs/23_controls.ipynb #23-n02
+# %% ../nbs/23_controls.ipynb #23-029
 HEADER_TAGS = "BitsStored PixelRepresentation slope_stored intercept_stored rows columns".split()
 HEADER_TAGS += ["pixel_spacing_row_mm", "pixel_spacing_column_mm"]
 
@@ -283,7 +283,7 @@ def control_table(
         table += control_rows(LABELS[k], y[:, k], {"network": found["network"][:, k]}, height, patient, draws)
     return pd.DataFrame(table)
 
-# %% ../nbs/23_controls.ipynb #23-n05
+# %% ../nbs/23_controls.ipynb #23-040
 def short_table(
     table: pd.DataFrame,  # of `control_table`
 ) -> pd.DataFrame:  # of str: label, score, AUC, at the same position, network minus it there, slices, ..., prevalence
@@ -300,7 +300,7 @@ def short_table(
     names = ["label", "score", "AUC", "AUC at the same position", "network minus this, same position"]
     return pd.DataFrame(rows, columns=[*names, "slices", "patients", "prevalence"])
 
-# %% ../nbs/23_controls.ipynb #23-n07
+# %% ../nbs/23_controls.ipynb #23-042
 def plot_controls(
     table: pd.DataFrame,  # of `control_table`
     note: str = "",  # for the title, say "synthetic data"
@@ -323,7 +323,7 @@ def plot_controls(
     ax.set_title(f"Gray: all pairs of slices; orange: at the same position{note and ', ' + note}")
     return fig
 
-# %% ../nbs/23_controls.ipynb #23-n08
+# %% ../nbs/23_controls.ipynb #23-044
 def plot_painted(
     run_dir: str | Path,
     data_dir: str | Path | None = None,

@@ -9,7 +9,7 @@ __all__ = ['MARK', 'MARKED', 'MAKERS', 'READERS', 'MISSING', 'COLORS', 'AIR', 'W
            'data_note', 'save_captioned', 'Window', 'window', 'name_window', 'plot_row', 'DicomError', 'open_file',
            'read_file', 'printable', 'shorten_id', 'forget_codecs', 'name_some']
 
-# %% ../nbs/00_core.ipynb #00-n00
+# %% ../nbs/00_core.ipynb #00-002
 import errno
 import hashlib
 import io
@@ -293,7 +293,7 @@ def save_captioned(
         captions[name] = caption + (f" {note.capitalize()}." if note else "")
     save_table(pd.DataFrame({"figure": captions.keys(), "caption": captions.values()}), path)
 
-# %% ../nbs/00_core.ipynb #00-n02
+# %% ../nbs/00_core.ipynb #00-044
 AIR = -1000.0  # HU, as the scale defines it
 
 
@@ -315,7 +315,7 @@ def window(
     center, width = WINDOWS[window] if isinstance(window, str) else window
     return np.clip((hu.astype(np.float32) - np.float32(center - width / 2)) / np.float32(width), 0, 1)
 
-# %% ../nbs/00_core.ipynb #00-n04
+# %% ../nbs/00_core.ipynb #00-048
 def name_window(
     window: str | Window | tuple,  # a name of WINDOWS, or (center, width) in HU
 ) -> str:
@@ -324,7 +324,7 @@ def name_window(
     name = f"{window} " if isinstance(window, str) else ""
     return f"{name}window ({center:g}, {width:g}) HU"
 
-# %% ../nbs/00_core.ipynb #00-n06
+# %% ../nbs/00_core.ipynb #00-050
 def plot_row(
     pictures: dict[str, np.ndarray],  # title: (H, W); float32 is shown from 0 to 1, others from least to largest
     title: str = "",  # above them
@@ -345,11 +345,11 @@ def plot_row(
     fig.suptitle("\n".join(lines))
     return fig
 
-# %% ../nbs/00_core.ipynb #00-050
+# %% ../nbs/00_core.ipynb #00-053
 class DicomError(ValueError):
     "A file that cannot be used. The message is `kind: details`; it becomes the `error` of the slice table."
 
-# %% ../nbs/00_core.ipynb #00-n07
+# %% ../nbs/00_core.ipynb #00-054
 MAX_BYTES = 64 << 20  # of a file, also inflated: a slice of 4096 x 4096 px with 16 bits and its header fit in
 MAX_TEXT = 256  # characters of a text from a file; DICOM allows 64 in an identifier (PS3.5, 6.2)
 
@@ -375,13 +375,13 @@ def open_file(
             raise DicomError("not a file: a folder, pipe, socket or device") from e
         raise DicomError(f"cannot be read: {getattr(e, 'strerror', None) or e}") from e
 
-# %% ../nbs/00_core.ipynb #00-052
+# %% ../nbs/00_core.ipynb #00-055
 def read_file(path: str | Path) -> bytes:
     "A file's bytes. Raises `DicomError` as `open_file` does."
     with open_file(path) as (file, about):
         return b"".join(iter(lambda: file.read(about.st_size), b""))  # a network drive may give less than asked for
 
-# %% ../nbs/00_core.ipynb #00-055
+# %% ../nbs/00_core.ipynb #00-058
 def printable(
     text: str,  # perhaps with bytes that are not UTF-8, as Python keeps them in file names
 ) -> str:
@@ -392,7 +392,7 @@ def printable(
     text = shown.decode("utf-8", "backslashreplace") if shown else text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
-# %% ../nbs/00_core.ipynb #00-n08
+# %% ../nbs/00_core.ipynb #00-059
 def shorten_id(
     text: str,  # an identifier from a file, of any length
 ) -> str:  # at most MAX_TEXT characters
@@ -402,7 +402,7 @@ def shorten_id(
         text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 20]}...{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     )
 
-# %% ../nbs/00_core.ipynb #00-059
+# %% ../nbs/00_core.ipynb #00-062
 def forget_codecs(dataset):  # of pydicom, just read; the same dataset
     "The dataset, to be read by the character sets that DICOM lists (PS3.3, C.12.1.1.2), or by the default."
     from pydicom.charset import python_encoding
@@ -413,7 +413,7 @@ def forget_codecs(dataset):  # of pydicom, just read; the same dataset
         dataset.set_original_encoding(*dataset.original_encoding, "ISO_IR 6")
     return dataset
 
-# %% ../nbs/00_core.ipynb #00-062
+# %% ../nbs/00_core.ipynb #00-065
 def name_some(
     names: Iterable,  # of files or slices
     most: int = 5,

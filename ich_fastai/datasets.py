@@ -8,7 +8,7 @@ __all__ = ['NO_FILES', 'CQ500_NAMES', 'KEYS', 'ADAPTERS', 'read_datasets', 'find
            'list_headers', 'join_headers', 'open_headers', 'open_rsna', 'open_folder', 'stack_volume', 'read_numbered',
            'open_volumes', 'open_ct_ich', 'open_instance', 'open_pictures', 'open_dataset']
 
-# %% ../nbs/38_datasets.ipynb #38-n00
+# %% ../nbs/38_datasets.ipynb #38-002
 import math
 import re
 import weakref
@@ -32,7 +32,7 @@ from .images import list_sources, read_images
 from .series import Stack, look_at, read_series, stack_slices, survey_study
 from .predict import SERIES_COLUMNS
 
-# %% ../nbs/38_datasets.ipynb #38-n02
+# %% ../nbs/38_datasets.ipynb #38-006
 def read_datasets() -> (
     pd.DataFrame
 ):  # index name; title, get, terms, layout, labels, level, independent, hu, note, traps: str
@@ -61,7 +61,7 @@ def check_independent(
         why = (not same and facts["note"]) or "22_evaluate reports on its held-out patients"
         raise InputError(f"{facts.name}: refused: the model {how}; {why}")
 
-# %% ../nbs/38_datasets.ipynb #38-n03
+# %% ../nbs/38_datasets.ipynb #38-011
 @dataclass(frozen=True)
 class Dataset:
     "Labels and studies of another hospital."
@@ -183,7 +183,7 @@ def read_cq500(csv: Path) -> pd.DataFrame:  # reads.csv
     y = to_labels(y.where(votes.isin([0, 1]).all(axis=1), math.nan), csv)
     return y.assign(PatientID=y.index, study=y.index, category=table["Category"])
 
-# %% ../nbs/38_datasets.ipynb #38-n04
+# %% ../nbs/38_datasets.ipynb #38-023
 def find_folder(folder: str | Path, name: str) -> Path:  # the dataset's; its name
     "The folder. Raises `InputError` where it is none."
     if not Path(folder).is_dir():
@@ -203,7 +203,7 @@ def open_cq500(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     studies, reasons = join_files(labels, found, csv)
     return Dataset(facts, "study", labels, studies, partial(read_dicom, found), reasons)
 
-# %% ../nbs/38_datasets.ipynb #38-027
+# %% ../nbs/38_datasets.ipynb #38-026
 KEYS = {"SOPInstanceUID": "slice", "StudyInstanceUID": "study", "folder": "study"}
 
 
@@ -230,7 +230,7 @@ def join_headers(
     patient = labels.get("PatientID", found["PatientID"].replace("", math.nan))
     return labels.assign(PatientID=patient.fillna(study), study=study)
 
-# %% ../nbs/38_datasets.ipynb #38-028
+# %% ../nbs/38_datasets.ipynb #38-027
 def open_headers(folder: Path, labels: pd.DataFrame, level: str, csv: Path, facts: pd.Series) -> Dataset:
     "A dataset whose labels name slices or studies by their UIDs."
     held = ExitStack()  # what is unpacked, for as long as the reader
@@ -268,7 +268,7 @@ def open_folder(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     studies, reasons = join_files(labels, files, csv)
     return Dataset(facts, "study", labels, studies, partial(read_dicom, files), reasons)
 
-# %% ../nbs/38_datasets.ipynb #38-031
+# %% ../nbs/38_datasets.ipynb #38-030
 def stack_volume(
     read: Callable[[str], tuple[Volume, list[str]]],  # of a study: its volume, the names of its slices
     study: str,
@@ -295,7 +295,7 @@ def stack_volume(
     errors = {ids[k]: why for k, why in stack.errors.items()}
     return stack._replace(ids=ids, errors=errors, notes=notes), table
 
-# %% ../nbs/38_datasets.ipynb #38-034
+# %% ../nbs/38_datasets.ipynb #38-033
 def read_numbered(
     files: dict[str, list[Path]],
     labels: pd.DataFrame,  # index <study>_<number from 1>
@@ -308,7 +308,7 @@ def read_numbered(
         raise DicomError(f"{len(names)} slices, but labels of others: {n} of either do not fit")
     return volume, names
 
-# %% ../nbs/38_datasets.ipynb #38-036
+# %% ../nbs/38_datasets.ipynb #38-035
 def open_volumes(files: dict[str, list[Path]], labels: pd.DataFrame, csv: Path, facts: pd.Series) -> Dataset:
     "Volumes with a label per slice; a study is a patient."
     import_nibabel()  # one message, not one of each study
@@ -316,7 +316,7 @@ def open_volumes(files: dict[str, list[Path]], labels: pd.DataFrame, csv: Path, 
     reader = partial(stack_volume, partial(read_numbered, files, labels))
     return Dataset(facts, "slice", labels.assign(PatientID=labels["study"]), studies, reader, reasons)
 
-# %% ../nbs/38_datasets.ipynb #38-037
+# %% ../nbs/38_datasets.ipynb #38-036
 def open_ct_ich(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     "CT-ICH: five kinds by slice; `any` is their OR."
     csv = csv or folder / "hemorrhage_diagnosis_raw_ct.csv"
@@ -347,7 +347,7 @@ def open_instance(folder: Path, masks: Path | None, facts: pd.Series) -> Dataset
     labels = pd.DataFrame.from_dict(rows, orient="index", columns=["study", "any"])
     return open_volumes(find_volumes(home / "data"), labels.astype({"any": "uint8"}), masks, facts)
 
-# %% ../nbs/38_datasets.ipynb #38-040
+# %% ../nbs/38_datasets.ipynb #38-039
 def open_pictures(about: PictureSet, folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     "A set of 8-bit pictures; a study is a patient."
     csv, home = csv or folder / about.labels, folder / about.pictures
@@ -359,7 +359,7 @@ def open_pictures(about: PictureSet, folder: Path, csv: Path | None, facts: pd.S
     reader = partial(stack_volume, partial(read_pictures, home, rows, about))
     return Dataset(facts, "slice", labels, studies, reader, reasons)
 
-# %% ../nbs/38_datasets.ipynb #38-043
+# %% ../nbs/38_datasets.ipynb #38-042
 ADAPTERS = {"rsna": open_rsna, "cq500": open_cq500, "ct_ich": open_ct_ich, "instance2022": open_instance}
 ADAPTERS |= {name: partial(open_pictures, about) for name, about in PICTURE_SETS.items()} | {"folder": open_folder}
 

@@ -62,7 +62,7 @@ def read_studies(
             slices = predict_survey(model, survey, seen if pixels else None, decoder)
             yield Study(name, slices, survey, seen, lost)
 
-# %% ../nbs/36_deliver.ipynb #36-n00
+# %% ../nbs/36_deliver.ipynb #36-011
 def summarize_series(
     slices: pd.DataFrame,  # as `predict_survey` gives it
     card: dict,  # model.json
@@ -128,7 +128,7 @@ class Screen:
         end = f"{n:,} image{'s' * (n != 1)}, {m:,} not used; written to {tables.paths[0]}."
         return "\n\n".join([*parts, "\n".join([*lines, end])])
 
-# %% ../nbs/36_deliver.ipynb #36-n02
+# %% ../nbs/36_deliver.ipynb #36-017
 Writer = Callable[[Model, Study], object]
 
 

@@ -7,7 +7,7 @@ __all__ = ['MAX_PIXELS', 'slice_position', 'Header', 'read_header', 'find_rescal
            'round_hu', 'brain_fraction', 'is_wrapped', 'repair_wrapped', 'SliceRecord', 'make_record', 'find_padding',
            'convert_slice', 'read_slice', 'plot_windows', 'draw_figure_1']
 
-# %% ../nbs/02_dicom.ipynb #02-n00
+# %% ../nbs/02_dicom.ipynb #02-002
 import io
 import math
 import warnings
@@ -25,7 +25,7 @@ from .guard import import_gdcm
 
 import_gdcm()  # before anything here imports pydicom
 
-# %% ../nbs/02_dicom.ipynb #02-n02
+# %% ../nbs/02_dicom.ipynb #02-012
 def slice_position(
     position,  # ImagePositionPatient: 3 numbers, mm; empty where the header has none
     orientation,  # ImageOrientationPatient: 6 direction cosines, the row's and the column's; or empty
@@ -243,7 +243,7 @@ def repair_wrapped(
     "Stored values with the wrap at 4096 undone: a copy."
     return (stored.astype(np.uint16) + np.uint16(1000)) & np.uint16(4095), -1000.0
 
-# %% ../nbs/02_dicom.ipynb #02-n04
+# %% ../nbs/02_dicom.ipynb #02-049
 class SliceRecord(NamedTuple):
     "What the slice table keeps of a header: its columns."
 
@@ -278,7 +278,7 @@ def make_record(
     pixels = header.Rows, header.Columns, row_mm, column_mm, header.BitsStored, header.PixelRepresentation
     return SliceRecord._make((*header[:4], z_mm, *pixels, *used, *stored, stored != used, brain_fraction))
 
-# %% ../nbs/02_dicom.ipynb #02-n05
+# %% ../nbs/02_dicom.ipynb #02-053
 def find_padding(
     header: Header,
     stored: np.ndarray,  # (H, W), any integer type, without unused bits
@@ -298,7 +298,7 @@ def find_padding(
         padded &= np.isin(parts, np.concatenate([parts[[0, -1]].ravel(), parts[:, [0, -1]].ravel()]))
     return padded if padded.any() else None
 
-# %% ../nbs/02_dicom.ipynb #02-n07
+# %% ../nbs/02_dicom.ipynb #02-056
 def convert_slice(
     header: Header,
     stored: np.ndarray,  # (H, W), any integer type
@@ -328,7 +328,7 @@ def read_slice(
         return convert_slice(header, stored)
     return round_hu(lut_hu), make_record(header, brain_fraction(lut_hu), (1.0, 0.0), (1.0, 0.0))  # no slope: no repair
 
-# %% ../nbs/02_dicom.ipynb #02-n10
+# %% ../nbs/02_dicom.ipynb #02-061
 def plot_windows(
     hu: np.ndarray,  # (H, W) HU
     title: str = "",  # above the row
@@ -337,7 +337,7 @@ def plot_windows(
     pictures = {f"raw\n{hu.min():,.0f} to {hu.max():,.0f} HU": hu}
     return plot_row(pictures | {name_window(name).replace(" (", "\n("): window(hu, name) for name in WINDOWS}, title)
 
-# %% ../nbs/02_dicom.ipynb #02-n11
+# %% ../nbs/02_dicom.ipynb #02-063
 def draw_figure_1(
     dicom_dir: str | Path,  # folder of .dcm files
     run_dir: str | Path,  # of the run: figures/figure_1.png is written there

@@ -22,7 +22,7 @@ from .sequence import read_unseen
 from .calibrate import score_levels
 from .evaluate import read_predictions, update_model
 
-# %% ../nbs/29_ensemble.ipynb #29-n07
+# %% ../nbs/29_ensemble.ipynb #29-009
 ALIKE = ("image_size", "windows", "neighbors", "networks")  # of the settings
 
 
@@ -42,7 +42,7 @@ def check_alike(
         if differ := [key for key in seen[name] if seen[name][key] != seen[first][key]]:
             raise InputError(f"{name}: another {', '.join(differ)} than {first}; averaged models must see the same")
 
-# %% ../nbs/29_ensemble.ipynb #29-011
+# %% ../nbs/29_ensemble.ipynb #29-012
 def average_predictions(
     run_dirs: Sequence[str | Path],  # each with predictions.parquet and model/
 ) -> pd.DataFrame:  # rows of the first run's, with the mean logits of all
@@ -59,7 +59,7 @@ def average_predictions(
     logits = pd.DataFrame(np.mean([part[LOGITS] for part in parts], axis=0), common, LOGITS)
     return parts[0].assign(**logits, keep_rate=rates, fold=0).reset_index()
 
-# %% ../nbs/29_ensemble.ipynb #29-n00
+# %% ../nbs/29_ensemble.ipynb #29-015
 def join_models(
     folders: Sequence[str | Path],  # model/ of each run
     out: str | Path,  # the mean's run folder
@@ -88,7 +88,7 @@ def join_models(
     update_model(out, score_levels(read_predictions(out), **wanted), **wanted)
     return out / "model"
 
-# %% ../nbs/29_ensemble.ipynb #29-017
+# %% ../nbs/29_ensemble.ipynb #29-020
 @contextmanager
 def open_models(
     named: str | Path,  # model/ of a run, or of several, with commas between

@@ -8,7 +8,7 @@ __all__ = ['KIND_COLORS', 'HEADLINES', 'read_predictions', 'read_networks', 'lev
            'headline_table', 'model_folds', 'delivered_table', 'update_model', 'evaluate', 'metrics_table',
            'weighted_log_loss']
 
-# %% ../nbs/22_evaluate.ipynb #22-n00
+# %% ../nbs/22_evaluate.ipynb #22-003
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def draw_estimate(
         ax.plot([estimate.low, estimate.high], [y, y], color=color, lw=1.6, solid_capstyle="butt")
     ax.plot(list(seeds), [y for _ in seeds], "|", ms=9, mew=1.2, color="black", alpha=0.55, zorder=2)
 
-# %% ../nbs/22_evaluate.ipynb #22-n02
+# %% ../nbs/22_evaluate.ipynb #22-020
 def plot_auc(
     metrics: pd.DataFrame,  # metrics.csv
     note: str = "",  # for the title, say "synthetic data"
@@ -148,7 +148,7 @@ def reliability_table(
                 rows += [named | row for row in _bin_rows(d.y[:, k], getattr(d, kind)[:, k], patient, draws, n_bins)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_evaluate.ipynb #22-n04
+# %% ../nbs/22_evaluate.ipynb #22-027
 def draw_reliability(
     ax,  # matplotlib Axes
     rows: pd.DataFrame,  # of `reliability_table`: of one level, label and kind of probabilities
@@ -160,7 +160,7 @@ def draw_reliability(
     ends = [end.astype(float).clip(lower=0).fillna(0) for end in ends]
     ax.errorbar(rows["predicted"], rows["observed"], ends, color=color, lw=1.2, marker="o", ms=3, label=label)
 
-# %% ../nbs/22_evaluate.ipynb #22-n08
+# %% ../nbs/22_evaluate.ipynb #22-028
 def plot_reliability(
     table: pd.DataFrame,  # as `reliability_table` gives it
     note: str = "",  # for the title, say "synthetic data"
@@ -191,7 +191,7 @@ def plot_reliability(
     )
     return fig
 
-# %% ../nbs/22_evaluate.ipynb #22-030
+# %% ../nbs/22_evaluate.ipynb #22-031
 def _count_calls(y: np.ndarray, called: np.ndarray, known: np.ndarray) -> dict[str, tuple]:
     "Of each share: what is counted, among what, and why there is none; `known`: slices that have a threshold."
     yes, no, called, passed = y & known, (1 - y) & known, called & known, ~called & known
@@ -204,7 +204,7 @@ def _count_calls(y: np.ndarray, called: np.ndarray, known: np.ndarray) -> dict[s
     nothing = "no threshold: no positive among the patients to choose it on, or no other patients"
     return shares if known.any() else {metric: (*counts, nothing) for metric, (*counts, _) in shares.items()}
 
-# %% ../nbs/22_evaluate.ipynb #22-032
+# %% ../nbs/22_evaluate.ipynb #22-033
 def threshold_table(
     levels: dict[str, Level],  # of `score_levels`
     sensitivity: float,  # that was wanted
@@ -228,7 +228,7 @@ def threshold_table(
     columns = ["level", "label", "metric", "wanted", *ESTIMATE, "threshold_low", "threshold_high"]
     return pd.DataFrame(rows, columns=[*columns, "n", "n_positive", "prevalence"])
 
-# %% ../nbs/22_evaluate.ipynb #22-035
+# %% ../nbs/22_evaluate.ipynb #22-036
 def coverage_table(
     levels: dict[str, Level],  # of `score_levels`
     coverage: float,  # that was wanted
@@ -255,7 +255,7 @@ def coverage_table(
     columns = ["level", "label", "truth", "metric", "wanted", *ESTIMATE, "n", "n_patients", "prevalence"]
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../nbs/22_evaluate.ipynb #22-038
+# %% ../nbs/22_evaluate.ipynb #22-039
 HEADLINES = {
     "any, AUC by slice": ("slice", "any", "auc"),
     "any, AUC by study": ("study", "any", "auc"),
@@ -266,7 +266,7 @@ HEADLINES = {
     "weighted log loss": ("slice", "all", "weighted_log_loss"),
 } | {f"{label}, AUC": ("slice", label, "auc") for label in SUBTYPES}
 
-# %% ../nbs/22_evaluate.ipynb #22-039
+# %% ../nbs/22_evaluate.ipynb #22-040
 def headline_table(
     metrics: pd.DataFrame,  # metrics.csv
     alone: Sequence[pd.DataFrame] = (),  # the same of each network by itself, where the model is a mean of several
@@ -284,14 +284,14 @@ def headline_table(
     columns = ["result", "value (95% interval)", "networks alone", "n", "patients", "prevalence"]
     return pd.DataFrame(rows, columns=columns).drop(columns=[] if len(each) > 1 else "networks alone")
 
-# %% ../nbs/22_evaluate.ipynb #22-n05
+# %% ../nbs/22_evaluate.ipynb #22-043
 def model_folds(
     card: dict,  # model.json
 ) -> list[dict]:  # the facts of the fold that each of its networks has not seen
     "The folds whose held-out patients speak of this model; one of an earlier version holds the first network alone."
     return card["training"]["folds"][: len(card.get("networks", [WEIGHTS]))]
 
-# %% ../nbs/22_evaluate.ipynb #22-045
+# %% ../nbs/22_evaluate.ipynb #22-046
 def delivered_table(
     levels: dict[str, Level],  # of `score_levels`
     folds: Sequence[int],  # of the model's networks
@@ -316,7 +316,7 @@ def delivered_table(
             rows.append((level, label, *found, largest, len(y), draws.shape[1], y.mean() if len(y) else None))
     return pd.DataFrame(rows, columns=["level", "label", *ESTIMATE, "largest", "n", "n_patients", "prevalence"])
 
-# %% ../nbs/22_evaluate.ipynb #22-046
+# %% ../nbs/22_evaluate.ipynb #22-047
 def update_model(
     run_dir: str | Path,  # with model/model.json
     levels: dict[str, Level],  # of `score_levels`
@@ -347,7 +347,7 @@ def update_model(
     save_json(card, Path(run_dir) / "model" / "model.json", checked=True)
     return card
 
-# %% ../nbs/22_evaluate.ipynb #22-n06
+# %% ../nbs/22_evaluate.ipynb #22-051
 @checked
 def evaluate(
     run_dir: str | Path,  # with predictions.parquet and model/

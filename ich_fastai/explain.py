@@ -9,7 +9,7 @@ __all__ = ['CUTS', 'BRAIN_HU', 'FLAT_HU', 'MAP', 'UNTRAINED', 'RANDOM', 'score_s
            'highest_point', 'densest_point', 'is_hit', 'mass_inside', 'pointing_table', 'pointing_words',
            'plot_evidence', 'explain']
 
-# %% ../nbs/24_explain.ipynb #24-n00
+# %% ../nbs/24_explain.ipynb #24-003
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,7 +103,7 @@ def subgroup_table(
             rows += [{"group": name, "value_of": value} | row for row in of]
     return pd.DataFrame(rows)
 
-# %% ../nbs/24_explain.ipynb #24-n01
+# %% ../nbs/24_explain.ipynb #24-021
 def plot_subgroups(
     table: pd.DataFrame,  # as `subgroup_table` gives it
     note: str = "",  # for the title, say "synthetic data"
@@ -121,7 +121,7 @@ def plot_subgroups(
     ax.set_title(f"Sensitivity by group (n: slices that bleed){note and ', ' + note}")
     return fig
 
-# %% ../nbs/24_explain.ipynb #24-n02
+# %% ../nbs/24_explain.ipynb #24-024
 def worst_mistakes(
     predictions: pd.DataFrame,  # as notebook 12 writes it
     d: Level,  # its slices
@@ -139,7 +139,7 @@ def worst_mistakes(
     worst["truth"] = [", ".join(s for s in SUBTYPES if row[s] == 1) or unnamed[row["kind"]] for row in rows]
     return worst[["SOPInstanceUID", "kind", "p", "truth", "mistakes", "among"]]
 
-# %% ../nbs/24_explain.ipynb #24-n03
+# %% ../nbs/24_explain.ipynb #24-026
 def plot_mistakes(
     mistakes: pd.DataFrame,  # as `worst_mistakes` gives it
     cohort: pd.DataFrame,  # index SOPInstanceUID, with `address`
@@ -174,7 +174,7 @@ def flatten_brain(
     "The slice with everything between air and bone at the HU of brain."
     return hu.masked_fill((hu > FLAT_HU[0]) & (hu < FLAT_HU[1]), BRAIN_HU)
 
-# %% ../nbs/24_explain.ipynb #24-n04
+# %% ../nbs/24_explain.ipynb #24-032
 def integrated_gradients(
     network,  # torch module in evaluation mode, (n, c, H, W) to (n, 6) logits
     x,  # (n, c, H, W) tensor, the network's input
@@ -298,7 +298,7 @@ def mass_inside(
     inside = cv2.resize(mask.astype(np.float32), values.shape[::-1], interpolation=cv2.INTER_AREA)
     return float((values * inside).sum() / max(values.sum(), 1e-12))
 
-# %% ../nbs/24_explain.ipynb #24-n07
+# %% ../nbs/24_explain.ipynb #24-054
 MAP, UNTRAINED, RANDOM = "the map", "the map of an untrained network", "a random pixel of the brain"
 
 
@@ -340,7 +340,7 @@ def pointing_words(
     what = f"{n} pairs of a held-out slice and its subtype, {patients} patients"
     return f"{says} and the bleeding (blue). The peak lies in it on {rates[MAP]} of {what}; {others}."
 
-# %% ../nbs/24_explain.ipynb #24-n05
+# %% ../nbs/24_explain.ipynb #24-059
 def plot_evidence(
     evidence: Evidence,  # of a few slices
     note: str = "",  # for the title, say "synthetic data"

@@ -142,7 +142,7 @@ def write_view(
         paths.append(save_dataset(ds, Path(folder) / f"IM{k + 1:04d}"))
     return paths
 
-# %% ../nbs/91_exports.ipynb #91-n02
+# %% ../nbs/91_exports.ipynb #91-019
 def draw_text() -> np.ndarray:  # (256, 256) float32; 0 and 255
     "A screen of text, as lines of random words look."
     rng, size = make_rng(0, 3), 256
@@ -155,7 +155,7 @@ def draw_text() -> np.ndarray:  # (256, 256) float32; 0 and 255
             x += width + 6
     return page
 
-# %% ../nbs/91_exports.ipynb #91-n03
+# %% ../nbs/91_exports.ipynb #91-020
 def draw_scout(head: Head) -> np.ndarray:  # (128, 128) float32, HU of a sort
     "The head projected from the side."
     view = View((0, 1, 0), (0, 0, -1), (70, 0, 0), step=5, n=29, field=280, noise=0)

@@ -6,7 +6,7 @@
 __all__ = ['CUT_OFF', 'PICTURE_COLUMNS', 'PICTURE_SETS', 'MARGIN', 'to_picture', 'to_hu', 'read_picture', 'read_picture_labels',
            'PictureSet', 'skull_box', 'head_frame']
 
-# %% ../nbs/26_external.ipynb #26-n00
+# %% ../nbs/26_external.ipynb #26-002
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ def to_picture(
     "A slice as a picture, as such datasets hold it."
     return np.rint(window(hu, burned) * 255).astype(np.uint8)
 
-# %% ../nbs/26_external.ipynb #26-n02
+# %% ../nbs/26_external.ipynb #26-010
 CUT_OFF = {0: AIR, 255: 800}  # HU of air and of bone, for what the window cut off
 
 
@@ -111,7 +111,7 @@ def skull_box(
     outlines = cv2.findContours((hu > 100).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
     return tuple(cv2.boundingRect(max(outlines, key=cv2.contourArea))) if outlines else (0, 0, 0, 0)
 
-# %% ../nbs/26_external.ipynb #26-n04
+# %% ../nbs/26_external.ipynb #26-023
 MARGIN = 1.15  # side of the frame, in lengths of the skull
 
 

@@ -6,7 +6,7 @@
 __all__ = ['RAYS', 'REACH', 'SLAB_MM', 'find_body', 'Look', 'measure_look', 'find_turn', 'stand_upright', 'Geometry',
            'find_geometry', 'choose_field', 'share_pixels', 'cut_field', 'fit_slice', 'make_slabs', 'average_slabs']
 
-# %% ../nbs/14_geometry.ipynb #14-n01
+# %% ../nbs/14_geometry.ipynb #14-002
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 from .core import AIR
 from .cohort import measure_noise
 
-# %% ../nbs/14_geometry.ipynb #14-n04
+# %% ../nbs/14_geometry.ipynb #14-007
 RAYS, REACH = 120, 180  # directions; mm
 
 
@@ -32,7 +32,7 @@ def find_body(
     k = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
     return parts == k, tuple(int(v) for v in stats[k, :4])
 
-# %% ../nbs/14_geometry.ipynb #14-008
+# %% ../nbs/14_geometry.ipynb #14-009
 class Look(NamedTuple):
     "What the pixels of a slice say of it."
 
@@ -49,7 +49,7 @@ class Look(NamedTuple):
         "Does it look like a slice of a head through the brain?"
         return self.ring >= 0.5 and self.brain >= 0.45
 
-# %% ../nbs/14_geometry.ipynb #14-009
+# %% ../nbs/14_geometry.ipynb #14-010
 def measure_look(
     hu: np.ndarray,  # (H, W) HU
     spacing: tuple[float, float],  # mm between rows and between columns
@@ -76,7 +76,7 @@ def measure_look(
               for k, low, high in ((0, 0, 80), (1, 110, 400))]  # fmt: skip
     return Look(float(ring.mean()), float(shares[0]), float(shares[1]), measure_noise(hu), box, middle, cut)
 
-# %% ../nbs/14_geometry.ipynb #14-012
+# %% ../nbs/14_geometry.ipynb #14-013
 def find_turn(
     orientation: tuple[float, ...],  # ImageOrientationPatient, 6 numbers; () where unknown
 ) -> tuple[bool, bool, bool, float]:  # transposed? rows, then columns mirrored? what is left over, degrees
@@ -92,7 +92,7 @@ def find_turn(
     rest = math.degrees(math.atan2(y, x)) if flip_columns or abs(x) + abs(y) else 0.0
     return transposed, flip_rows, flip_columns, rest if abs(rest) > 15 else 0.0
 
-# %% ../nbs/14_geometry.ipynb #14-013
+# %% ../nbs/14_geometry.ipynb #14-015
 def stand_upright(
     hu: np.ndarray,  # (H, W) HU
     orientation: tuple[float, ...],  # ImageOrientationPatient; () where unknown
@@ -106,19 +106,19 @@ def stand_upright(
         return cv2.warpAffine(np.ascontiguousarray(hu), turn, hu.shape[::-1], borderValue=AIR)
     return hu
 
-# %% ../nbs/14_geometry.ipynb #14-017
+# %% ../nbs/14_geometry.ipynb #14-018
 class Geometry(NamedTuple):
     "The training's slices: each a low end, the median and a high end, mm."
 
     field_mm: tuple[float, float, float]  # side of the image
     spacing_mm: tuple[float, float, float]  # from slice to slice
 
-# %% ../nbs/14_geometry.ipynb #14-018
+# %% ../nbs/14_geometry.ipynb #14-019
 def find_geometry(card: dict) -> Geometry | None:  # model.json
     "The millimeters that a model was trained on; None for a model of an earlier version, which does not say."
     return Geometry(*(tuple(card["geometry"][name]) for name in Geometry._fields)) if card.get("geometry") else None
 
-# %% ../nbs/14_geometry.ipynb #14-021
+# %% ../nbs/14_geometry.ipynb #14-022
 def choose_field(
     sides: tuple[float, float],  # mm, height and width of the image
     head: float,  # mm, side of the square that holds the head
@@ -132,7 +132,7 @@ def choose_field(
         return None
     return min(max(usual, head + 10), max(high, usual))
 
-# %% ../nbs/14_geometry.ipynb #14-024
+# %% ../nbs/14_geometry.ipynb #14-025
 @lru_cache(maxsize=4)  # the rows and columns of a series
 def share_pixels(
     n: int,  # pixels in a line
@@ -147,7 +147,7 @@ def share_pixels(
     over = np.minimum(middle + half, old[1:]) - np.maximum(middle - half, old[:-1])
     return (over.clip(0) / (2 * half)).astype(np.float32)
 
-# %% ../nbs/14_geometry.ipynb #14-026
+# %% ../nbs/14_geometry.ipynb #14-027
 def cut_field(
     hu: np.ndarray,  # (H, W) HU
     spacing: tuple[float, float],  # mm between rows and between columns
@@ -161,7 +161,7 @@ def cut_field(
     out = rows @ (hu.astype(np.float32) - np.float32(AIR)) @ columns.T + np.float32(AIR)
     return (np.rint(out) if hu.dtype.kind == "i" else out).astype(hu.dtype)
 
-# %% ../nbs/14_geometry.ipynb #14-028
+# %% ../nbs/14_geometry.ipynb #14-029
 def fit_slice(
     hu: np.ndarray,  # (H, W) HU
     spacing: tuple[float, float],  # mm between rows and between columns
@@ -178,7 +178,7 @@ def fit_slice(
     top, left = (side / 2 if math.isnan(c) else c for c, side in zip(center, sides, strict=True))
     return cut_field(hu, spacing, (top, left), field, size), f"field of {max(sides):.0f} mm brought to {field:.0f}"
 
-# %% ../nbs/14_geometry.ipynb #14-033
+# %% ../nbs/14_geometry.ipynb #14-034
 SLAB_MM = 5.0  # mm, the thickest slices usual for head CT
 
 
@@ -199,7 +199,7 @@ def make_slabs(
         slab, gap = np.unique(slab, return_inverse=True)[1], (z[-1] - z[0] + gap) / n
     return slab, max(1, round(usual / gap))
 
-# %% ../nbs/14_geometry.ipynb #14-035
+# %% ../nbs/14_geometry.ipynb #14-036
 def average_slabs(
     hu: np.ndarray,  # (n, H, W) int16 HU
     slab: np.ndarray,  # (n,) int from 0 on, sorted

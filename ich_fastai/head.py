@@ -7,7 +7,7 @@ __all__ = ['VERSION', 'GRID', 'HU', 'CELL', 'FIELD', 'make_rng', 'ellipsoid', 's
            'double_size', 'Head', 'draw_head', 'Points', 'locate', 'plot_tiles', 'find_tissue', 'draw_matter',
            'paint_fluids', 'paint_calcifications', 'close_skull']
 
-# %% ../nbs/03_head.ipynb #03-n00
+# %% ../nbs/03_head.ipynb #03-002
 from typing import NamedTuple
 
 import numpy as np
@@ -196,7 +196,7 @@ def locate(head: Head, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> Points:  
     outer = _skull(head, x, y, z)
     return Points(x, y, z, rough, sulci, outer, outer + head.skull, _floor(x, y, rough) - z)
 
-# %% ../nbs/03_head.ipynb #03-n01
+# %% ../nbs/03_head.ipynb #03-051
 def plot_tiles(
     tiles: dict[str, np.ndarray],  # title: (h, w), HU, or 0 to 1 where `name` is no window
     name: str = "brain",  # a key of WINDOWS, or another title

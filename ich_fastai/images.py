@@ -7,7 +7,7 @@ __all__ = ['MAX_MEMBERS', 'TEXT', 'WHOSE', 'NUMBERS', 'CT_CLASSES', 'NO_SLICE', 
            'read_directory', 'list_sources', 'read_tags', 'split_frames', 'words', 'refuse_image', 'walk_images',
            'tabulate_images', 'read_images', 'is_other', 'name_studies', 'Export', 'index_export']
 
-# %% ../nbs/15_images.ipynb #15-n00
+# %% ../nbs/15_images.ipynb #15-002
 import io
 import os
 import pickle
@@ -29,7 +29,7 @@ from .labels import ZIP_ERRORS
 from .dicom import _convert, _read_dataset, slice_position
 from .cache import DECODE_BYTES, DECODE_SECONDS
 
-# %% ../nbs/15_images.ipynb #15-n03
+# %% ../nbs/15_images.ipynb #15-007
 class Source(NamedTuple):
     "A file to try."
 
@@ -72,7 +72,7 @@ def read_directory(path: Path) -> list[Source]:  # a DICOMDIR
         raise InputError(f"{path}: a DICOMDIR that cannot be read; give its folder instead") from e
     return [Source(str(path.parent / name), str(path.parent / name)) for name in names]
 
-# %% ../nbs/15_images.ipynb #15-n04
+# %% ../nbs/15_images.ipynb #15-010
 def _name_plainly(path: str, scratch: str | Path) -> str:
     "The path, or a link to it where its name is no text in UTF-8, which a table cannot hold."
     try:
@@ -254,7 +254,7 @@ def refuse_image(tags: dict) -> str:  # of `read_tags`
         return "text burned into the image: BurnedInAnnotation is YES"
     return ""
 
-# %% ../nbs/15_images.ipynb #15-n07
+# %% ../nbs/15_images.ipynb #15-022
 def _read_source(path: str, helper: Helper) -> dict | list[bytes]:
     "What `read_tags` gives of a file, in the helper process; `error` where nothing can be read."
     try:
@@ -303,7 +303,7 @@ def walk_images(
                     about = {"file": source.name, "path": path, "frame": frame, "error": tags["error"]}
                     yield about | empty | known
 
-# %% ../nbs/15_images.ipynb #15-n08
+# %% ../nbs/15_images.ipynb #15-023
 def tabulate_images(
     rows: Iterable[dict],  # of `walk_images`
 ) -> pd.DataFrame:  # a row per image: as `walk_images` has it, z_mm, folder
@@ -320,7 +320,7 @@ def read_images(
     "What there is, all at once."
     return tabulate_images(walk_images(sources, scratch))
 
-# %% ../nbs/15_images.ipynb #15-026
+# %% ../nbs/15_images.ipynb #15-027
 OTHER = "other files"  # that say nothing of whose they are
 
 
@@ -337,7 +337,7 @@ def name_studies(images: pd.DataFrame) -> pd.Series:  # of `tabulate_images`; st
     place = patient.where(patient.ne(""), images["folder"])
     return named.where(uid.ne(""), "no StudyInstanceUID: " + place).mask(is_other(images), OTHER)
 
-# %% ../nbs/15_images.ipynb #15-029
+# %% ../nbs/15_images.ipynb #15-030
 class Export(NamedTuple):
     "The images of an export, to be had study by study."
 

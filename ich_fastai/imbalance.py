@@ -7,7 +7,7 @@ __all__ = ['MEASURED', 'ONE_SEED', 'CONVERGED', 'SHOWN', 'measure_arm', 'Arms', 
            'half_width', 'widen', 'arm_rows', 'table_2', 'subtract', 'difference_table', 'Shown', 'find_shown',
            'constant_scores', 'imbalance_table', 'finding_table', 'plot_imbalance', 'plot_differences', 'compare']
 
-# %% ../nbs/25_imbalance.ipynb #25-n02
+# %% ../nbs/25_imbalance.ipynb #25-003
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -91,7 +91,7 @@ def compare_arms(
     values = {arm: {kind: stack_seeds(each, known) for kind, each in of.items()} for arm, of in found.items()}
     return Arms(y, patient, values, tuple(arm for arm in values if arm in corrected))
 
-# %% ../nbs/25_imbalance.ipynb #25-024
+# %% ../nbs/25_imbalance.ipynb #25-026
 def spread(
     draws: np.ndarray,  # (..., b); nan is left out
 ) -> np.ndarray:  # (...)
@@ -100,7 +100,7 @@ def spread(
         low, high = np.nanpercentile(np.where(np.isfinite(draws).any(-1, keepdims=True), draws, 0), [2.5, 97.5], -1)
     return (high - low) / (2 * student.ppf(0.975, np.inf))
 
-# %% ../nbs/25_imbalance.ipynb #25-026
+# %% ../nbs/25_imbalance.ipynb #25-028
 def half_width(
     total: np.ndarray,  # (b,) the mean over seeds of one arm, or the difference of two means
     parts: Sequence[np.ndarray],  # (seeds, b) of each arm, two seeds or more
@@ -117,7 +117,7 @@ def half_width(
     freedom = variance**2 / sum(v**2 / df for v, df in found) if variance else np.inf
     return float(student.ppf(0.975, freedom) * variance**0.5)
 
-# %% ../nbs/25_imbalance.ipynb #25-n08
+# %% ../nbs/25_imbalance.ipynb #25-031
 ONE_SEED = "one seed: the interval is of patients alone"
 
 
@@ -138,7 +138,7 @@ def widen(
     value = float(total[0])
     return Estimate(value, value - half, value + half, why)
 
-# %% ../nbs/25_imbalance.ipynb #25-033
+# %% ../nbs/25_imbalance.ipynb #25-035
 def arm_rows(
     arms: Arms,
     a: dict[str, dict],  # label: metric: (seeds, b) of an arm
@@ -158,7 +158,7 @@ def arm_rows(
             rows.append(row | dict(zip(ESTIMATE, estimate, strict=True)) | {"by_seed": by_seed})
     return rows
 
-# %% ../nbs/25_imbalance.ipynb #25-035
+# %% ../nbs/25_imbalance.ipynb #25-037
 def table_2(arms: Arms) -> pd.DataFrame:  # arm, probabilities, and the columns of `arm_rows`
     "Table 2: the metrics of each arm, raw and corrected, by slice. No interval leaves what a metric can be."
     kinds = [(arm, kind, values) for arm, of in arms.values.items() for kind, values in of.items()]
@@ -169,10 +169,10 @@ def table_2(arms: Arms) -> pd.DataFrame:  # arm, probabilities, and the columns 
     table["low"] = table["low"].astype(float).clip(lower=np.where(slope, -np.inf, 0))
     return table
 
-# %% ../nbs/25_imbalance.ipynb #25-038
+# %% ../nbs/25_imbalance.ipynb #25-040
 CONVERGED = 1e-9  # what is smaller is rounding; calibration slopes are found in steps down to 1e-10
 
-# %% ../nbs/25_imbalance.ipynb #25-039
+# %% ../nbs/25_imbalance.ipynb #25-041
 def subtract(
     a: dict[str, dict],  # label: metric: (seeds, b)
     b: dict[str, dict],  # of the same networks
@@ -181,7 +181,7 @@ def subtract(
     both = {label: {metric: found[metric] - b[label][metric] for metric in found} for label, found in a.items()}
     return {label: {m: np.where(np.abs(d) < CONVERGED, 0, d) for m, d in of.items()} for label, of in both.items()}
 
-# %% ../nbs/25_imbalance.ipynb #25-041
+# %% ../nbs/25_imbalance.ipynb #25-043
 def difference_table(
     arms: Arms,
 ) -> pd.DataFrame:  # arm, probabilities, minus, label, metric, value, low, high, says, n, n_positive, ... as in Table 2
@@ -197,7 +197,7 @@ def difference_table(
     columns = ["arm", "probabilities", "minus", "label", "metric", *ESTIMATE[:3], "says", "by_seed"]
     return pd.DataFrame(rows, columns=[*columns, "n", "n_positive", "n_patients", "prevalence", "note"])
 
-# %% ../nbs/25_imbalance.ipynb #25-n12
+# %% ../nbs/25_imbalance.ipynb #25-046
 class Shown(NamedTuple):
     "How a metric is shown to people."
 
@@ -221,7 +221,7 @@ def find_shown(
     there = set(zip(table["label"], table["metric"], strict=True))
     return {key: shown for key, shown in SHOWN.items() if key in there}
 
-# %% ../nbs/25_imbalance.ipynb #25-n14
+# %% ../nbs/25_imbalance.ipynb #25-049
 def constant_scores(
     table: pd.DataFrame,  # as `table_2` gives it
 ) -> dict[tuple[str, str], float]:  # by label and metric, those of SHOWN that a constant has
@@ -231,7 +231,7 @@ def constant_scores(
     ranks = {("any", "auc"): 0.5, ("any", "average_precision"): float(p[-1])} if 0 < p[-1] < 1 else {}
     return {("all", "weighted_log_loss"): loss} | ranks
 
-# %% ../nbs/25_imbalance.ipynb #25-n19
+# %% ../nbs/25_imbalance.ipynb #25-051
 def imbalance_table(
     table: pd.DataFrame,  # as `table_2` gives it
     corrected: tuple[str, ...],  # the arms that were undersampled
@@ -254,7 +254,7 @@ def imbalance_table(
     rows[0] |= n | {"note": "a larger log loss is worse than no network"}
     return pd.DataFrame(rows).fillna("")
 
-# %% ../nbs/25_imbalance.ipynb #25-n18
+# %% ../nbs/25_imbalance.ipynb #25-054
 def finding_table(
     differences: pd.DataFrame,  # as `difference_table` gives it
 ) -> pd.DataFrame:  # of str: comparison, the metrics of SHOWN
@@ -271,7 +271,7 @@ def finding_table(
         rows.append(row)
     return pd.DataFrame(rows or [{"comparison": "none: one arm was run, without undersampling"}])
 
-# %% ../nbs/25_imbalance.ipynb #25-n26
+# %% ../nbs/25_imbalance.ipynb #25-057
 def _panels(names: Sequence[str], arms: list[str]):
     "A figure with a panel for each name, two a row, and its panels; the arms from top to bottom."
     import matplotlib.pyplot as plt
@@ -309,7 +309,7 @@ def plot_imbalance(
     fig.suptitle(title + "lines: 95% intervals over seeds and patients")
     return fig
 
-# %% ../nbs/25_imbalance.ipynb #25-n24
+# %% ../nbs/25_imbalance.ipynb #25-059
 def plot_differences(
     differences: pd.DataFrame,  # as `difference_table` gives it, of two arms or more
     panels: dict[tuple[str, str], str],  # (label, metric): name
@@ -328,7 +328,7 @@ def plot_differences(
     fig.suptitle(f"{title}\nfilled: the interval leaves 0 out; open: not resolved")
     return fig
 
-# %% ../nbs/25_imbalance.ipynb #25-n20
+# %% ../nbs/25_imbalance.ipynb #25-062
 @checked
 def compare(
     run_dir: str | Path,  # of a run

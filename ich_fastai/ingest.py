@@ -182,7 +182,7 @@ class Monitor:
         self.count(int(shard["bytes"].sum()), len(shard))
         self.check(shard)
 
-# %% ../nbs/08_ingest.ipynb #08-n00
+# %% ../nbs/08_ingest.ipynb #08-032
 def _write_todo(job: Job, monitor: Monitor) -> None:
     "Write the job's shards: on its executor, or here and in a local pool."
     write = partial(write_shard, dicom_dir=str(job.dicom_dir), cache_dir=str(job.cache_dir), size=job.size)

@@ -7,7 +7,7 @@ __all__ = ['SUBTYPES', 'LABELS', 'LOGITS', 'LABEL_COLORS', 'ZIP_ERRORS', 'known_
            'find_dataset', 'read_labels', 'read_combinations', 'class_balance', 'cooccurrence', 'plot_cooccurrence',
            'subtypes_per_slice', 'undersample', 'class_weights', 'name_source', 'tabulate_labels']
 
-# %% ../nbs/01_labels.ipynb #01-n00
+# %% ../nbs/01_labels.ipynb #01-002
 import lzma
 import zipfile
 import zlib
@@ -121,7 +121,7 @@ def _check_bits(slices, csv: Path) -> None:
         if ids := slices.filter(wrong)["id"].to_list():
             raise InputError(f"{csv}: {len(ids)} slice{'s' * (len(ids) > 1)} with {what}: {name_some(ids)}")
 
-# %% ../nbs/01_labels.ipynb #01-n02
+# %% ../nbs/01_labels.ipynb #01-033
 ZIP_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, StopIteration, ValueError, RuntimeError)
 ZIP_ERRORS += (NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
@@ -148,7 +148,7 @@ def read_labels(
     ones, index = slices["ones"].to_numpy(), pd.Index(slices["id"].to_pandas(), name="SOPInstanceUID")
     return pd.DataFrame({label: (ones >> k) & 1 for k, label in enumerate(LABELS)}, index=index)
 
-# %% ../nbs/01_labels.ipynb #01-n04
+# %% ../nbs/01_labels.ipynb #01-040
 def read_combinations() -> pd.DataFrame:  # six uint8 columns, one row per counted slice, in no meaningful order
     "Labels of the 674,258 slices of stage 1, by the published counts of label combinations. The rows have no ids."
     table = pd.read_csv(project_dir() / "data" / "label_combinations.csv", comment="#")
@@ -175,7 +175,7 @@ def cooccurrence(
         shares = counts / np.diag(counts)[:, None]
     return pd.DataFrame(shares, index=pd.Index(known, name="given"), columns=known)
 
-# %% ../nbs/01_labels.ipynb #01-n05
+# %% ../nbs/01_labels.ipynb #01-050
 def plot_cooccurrence(
     tables: dict[str, pd.DataFrame],  # title of a panel: what `cooccurrence` gives
 ):  # matplotlib Figure

@@ -79,7 +79,7 @@ def gather_rows(
     torch.distributed.all_gather(parts, outputs.contiguous())
     return torch.stack(parts, 1).flatten(0, 1)[:n]
 
-# %% ../nbs/11b_learner.ipynb #11b-n00
+# %% ../nbs/11b_learner.ipynb #11-015
 class Journal(Callback):
     "A row of history per epoch, and a progress bar."
 
@@ -172,7 +172,7 @@ class FollowEpochs(Callback):
         loader.epoch, key = self.epoch, [loader.settings.seed, self.epoch, loader.place.rank]
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
-# %% ../nbs/11b_learner.ipynb #11b-n01
+# %% ../nbs/11b_learner.ipynb #11-028
 class Checkpoint(Callback):
     "Write the whole state of training after each epoch."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'Packaged', 'read_packaged', 'can_reach_hub', 'build_model', 'last_layer', 'start_at', 'share_norms']
 
-# %% ../nbs/10b_network.ipynb #10b-n00
+# %% ../nbs/10b_network.ipynb #10-003
 import hashlib
 import importlib.util
 import threading
@@ -20,7 +20,7 @@ import torch
 from .core import InputError
 from .labels import LABELS
 
-# %% ../nbs/10b_network.ipynb #10b-n02
+# %% ../nbs/10b_network.ipynb #10-008
 class _Body(torch.nn.Module):
     "fastai's TimmBody: the backbone without its classifier; one whose features are no map of channels pools itself."
 
@@ -218,7 +218,7 @@ def build_model(
         return _from_file(arch, n_in, image_size, pretrained_from)
     return _create(arch, n_in, image_size)
 
-# %% ../nbs/10b_network.ipynb #10b-n06
+# %% ../nbs/10b_network.ipynb #10-027
 def last_layer(
     network: torch.nn.Module,  # of `build_model`
 ) -> torch.nn.Linear:  # (n, 512) features to (n, 6) logits
@@ -237,7 +237,7 @@ def start_at(
         layer.bias.copy_(torch.logit(p.nan_to_num(0.5).clamp(1e-4, 1 - 1e-4)))
     return network
 
-# %% ../nbs/10b_network.ipynb #10-027
+# %% ../nbs/10b_network.ipynb #10-030
 def share_norms(
     network: torch.nn.Module,
     device: torch.device,  # of this process

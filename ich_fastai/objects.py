@@ -105,7 +105,7 @@ def stand_for(
     ds.SOPClassUID = image.SOPClassUID or next(iter(CT_CLASSES))  # RSNA's files do not say that they are CT
     return ds
 
-# %% ../nbs/33_objects.ipynb #33-n03
+# %% ../nbs/33_objects.ipynb #33-018
 RESEARCH = "research only - not a medical device"
 SIDE, PANEL, BAR = 512, 330, 34  # px: of the slice, the text beside it, the bar above both
 
@@ -131,7 +131,7 @@ def draw_picture(
             pen.text((SIDE + x, BAR + 12 + 22 * k), text, fill="white", font=small)
     return np.asarray(page)
 
-# %% ../nbs/33_objects.ipynb #33-n04
+# %% ../nbs/33_objects.ipynb #33-020
 def tell_study(
     slices: pd.DataFrame,  # of `predict_survey`, readable ones of one study, in order
     card: dict,  # model.json
@@ -245,7 +245,7 @@ def make_finding(
         source_images=_find_sources(called) or None,
     )
 
-# %% ../nbs/33_objects.ipynb #33-029
+# %% ../nbs/33_objects.ipynb #33-030
 def make_report(
     slices: pd.DataFrame,  # of `predict_survey`, readable ones of one study
     stands: dict,  # index of a slice: its `stand_for`
@@ -275,7 +275,7 @@ def make_report(
     how["coding_schemes"] = [CodingSchemeIdentificationItem(SCHEME, name="ich_fastai, codes without a standard one")]
     return sr.ComprehensiveSR(evidence, report[0], **how)
 
-# %% ../nbs/33_objects.ipynb #33-031
+# %% ../nbs/33_objects.ipynb #33-032
 def write_objects(
     model: Model,
     study: Study,  # with pixels

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Shrink', 'Graph', 'check_target', 'check_exportable', 'describe_graph', 'export_onnx', 'check_onnx', 'ich_onnx']
 
-# %% ../nbs/37_onnx.ipynb #37-n02
+# %% ../nbs/37_onnx.ipynb #37-003
 import contextlib
 import importlib.util
 import io
@@ -71,7 +71,7 @@ class Graph(torch.nn.Module):
         p = torch.sigmoid(self.slope * x + self.intercept)
         return logits, torch.cat([torch.minimum(p[:, :-1], p[:, -1:]), p[:, -1:]], 1) + self.unknown
 
-# %% ../nbs/37_onnx.ipynb #37-n07
+# %% ../nbs/37_onnx.ipynb #37-014
 def check_target(path: str | Path) -> None:  # the .onnx to write
     "Raise `InputError` for a name that is none of an ONNX file, or that holds what `export_onnx` has not written."
     import onnx
@@ -86,7 +86,7 @@ def check_target(path: str | Path) -> None:  # the .onnx to write
                 return
         raise InputError(f"{path}: is there, and is no ONNX file of this package; choose another name")
 
-# %% ../nbs/37_onnx.ipynb #37-014
+# %% ../nbs/37_onnx.ipynb #37-016
 def check_exportable(model: Model) -> None:
     "Raise `InputError` for a model that the graph cannot hold."
     if model.card.get("recurrent"):
@@ -124,7 +124,7 @@ def describe_graph(
         facts["mm_per_pixel"] = round(facts["mm_per_pixel"] / card["cache_size"], 4)
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in (about | facts).items()}
 
-# %% ../nbs/37_onnx.ipynb #37-n09
+# %% ../nbs/37_onnx.ipynb #37-017
 def export_onnx(
     folder: str | Path,  # model/ of a run
     path: str | Path,  # the .onnx to write
@@ -157,7 +157,7 @@ def check_onnx(
     same = np.isnan(said).all(axis=0) & np.isnan(expected).all(axis=0)  # of labels that the model does not know
     return float(np.nan_to_num(np.abs(said - expected)[:, ~same], nan=np.inf).max())
 
-# %% ../nbs/37_onnx.ipynb #37-n11
+# %% ../nbs/37_onnx.ipynb #37-020
 @call_parse
 def ich_onnx(
     model: str,  # model/ folder of a run

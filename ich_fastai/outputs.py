@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USES', 'shrink_png', 'fill_notebook', 'copy_outputs', 'copy_uses', 'shoot_page', 'copy_pages']
 
-# %% ../nbs/43_outputs.ipynb #43-n01
+# %% ../nbs/43_outputs.ipynb #43-002
 import base64
 import io
 import json
@@ -30,7 +30,7 @@ def shrink_png(
     picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
-# %% ../nbs/43_outputs.ipynb #43-n04
+# %% ../nbs/43_outputs.ipynb #43-010
 def fill_notebook(
     ran: str | Path,  # an executed notebook
     notebook: str | Path,  # the same one, to be filled
@@ -65,7 +65,7 @@ def copy_outputs(
     ran = [Path(run_dir) / "notebooks" / f"{name}.ipynb" for name in sorted(read_manifest(run_dir)["seconds"])]
     return [fill_notebook(path, folder / path.name, run_dir) for path in ran]
 
-# %% ../nbs/43_outputs.ipynb #43-n07
+# %% ../nbs/43_outputs.ipynb #43-013
 USES: dict[str, dict] = {  # parameters beside the run and its data
     **dict.fromkeys(("33_objects", "34_answer", "36_deliver", "37_onnx"), {}),
     "39_validate": {"n_patients": 24, "size": 128, "n_boot": 100},
@@ -88,7 +88,7 @@ def copy_uses(
             fill_notebook(ran, folder / ran.name, run_dir)
     return [*uses]
 
-# %% ../nbs/43_outputs.ipynb #43-n10
+# %% ../nbs/43_outputs.ipynb #43-016
 def shoot_page(
     page: str | Path,  # an HTML file
     picture: str | Path,  # the .png to write

@@ -15,7 +15,7 @@ from .core import data_note, format_number, project_dir, read_stage, save_captio
 from .labels import LABELS, LABEL_COLORS, SUBTYPES, class_balance, class_weights, cooccurrence
 from .labels import plot_cooccurrence, read_combinations
 
-# %% ../nbs/40_paper.ipynb #40-n00
+# %% ../nbs/40_paper.ipynb #40-007
 def read_paper() -> pd.DataFrame:  # index id; what, where, value (Int64, null where the text gives none), see (str)
     "The statements of the paper, data/paper.csv."
     table = pd.read_csv(project_dir() / "data" / "paper.csv", comment="#", index_col="id")
@@ -64,7 +64,7 @@ def plot_heat_map(
     title = "This data" + f" ({note})" * bool(note)
     return plot_cooccurrence({"RSNA": rsna} | ({} if ours.equals(rsna) else {title: ours}))
 
-# %% ../nbs/40_paper.ipynb #40-n01
+# %% ../nbs/40_paper.ipynb #40-022
 def compare_paper(
     labels: pd.DataFrame,  # six label columns, of this run
     cohort: pd.DataFrame,  # of this run, as notebook 09 writes it

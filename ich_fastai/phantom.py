@@ -7,7 +7,7 @@ __all__ = ['MIN_AREA_MM2', 'P_STUDY', 'P_TYPE', 'PRIMARY', 'SLICES', 'NEEDS', 'P
            'write_patient', 'is_phantom', 'holds_phantom', 'describe_phantom', 'make_phantom', 'read_mask',
            'ich_phantom']
 
-# %% ../nbs/06_phantom.ipynb #06-n00
+# %% ../nbs/06_phantom.ipynb #06-002
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -171,7 +171,7 @@ def write_patient(
             truncate_file(folder / "stage_1_train_images" / f"{row['SOPInstanceUID']}.dcm")
     return rows
 
-# %% ../nbs/06_phantom.ipynb #06-n02
+# %% ../nbs/06_phantom.ipynb #06-029
 def _run_patients(
     work: Callable[[PatientPlan], list[dict]], patients: list[PatientPlan], workers: int
 ) -> Iterator[list[dict]]:

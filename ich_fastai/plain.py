@@ -6,7 +6,7 @@
 __all__ = ['TAGS', 'EXPLICIT_LE', 'IMPLICIT_LE', 'find_elements', 'parse_value', 'walk_header', 'clear_unused_bits',
            'add_intercept', 'count_brain', 'read_plain']
 
-# %% ../nbs/02b_plain.ipynb #02b-002
+# %% ../nbs/02b_plain.ipynb #02-002
 import struct
 from functools import lru_cache, partial
 
@@ -15,7 +15,7 @@ import numpy as np
 from .core import MAX_TEXT
 from .dicom import Header, SliceRecord, brain_fraction, check_header, convert_slice, rescale
 
-# %% ../nbs/02b_plain.ipynb #02b-007
+# %% ../nbs/02b_plain.ipynb #02-007
 _TABLE = """
 00080018 UI SOPInstanceUID        00080060 CS Modality                   00100020 LO PatientID
 0020000D UI StudyInstanceUID      0020000E UI SeriesInstanceUID          00200032 DS ImagePositionPatient
@@ -32,7 +32,7 @@ TAGS = {
     for tag, vr, keyword in zip(*(_TABLE.split()[i::3] for i in range(3)), strict=True)
 }
 
-# %% ../nbs/02b_plain.ipynb #02b-009
+# %% ../nbs/02b_plain.ipynb #02-009
 _SHORT = frozenset((b"", *b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()))  # b"": implicit
 _LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # PS3.5, table 7.1-1: a length of 4 bytes
 _EXPLICIT, _IMPLICIT, _U32 = struct.Struct("<HH2sH"), struct.Struct("<HHI"), struct.Struct("<I")
@@ -70,7 +70,7 @@ def find_elements(
             return found, pos
     return None
 
-# %% ../nbs/02b_plain.ipynb #02b-012
+# %% ../nbs/02b_plain.ipynb #02-012
 @lru_cache(maxsize=1 << 14)  # most values of a series are the same in each of its files
 def parse_value(
     raw: bytes,  # as in the file
@@ -86,7 +86,7 @@ def parse_value(
         raise ValueError("several values, another character set, too long")
     return int(text) if vr == b"IS" else text
 
-# %% ../nbs/02b_plain.ipynb #02b-014
+# %% ../nbs/02b_plain.ipynb #02-014
 EXPLICIT_LE, IMPLICIT_LE = b"1.2.840.10008.1.2.1", b"1.2.840.10008.1.2"  # DICOM PS3.5, annex A
 
 
@@ -112,7 +112,7 @@ def walk_header(
     size = 2 * header.Rows * header.Columns
     return (header, pixels.start) if plain and pixels.stop - pixels.start == size else None
 
-# %% ../nbs/02b_plain.ipynb #02b-017
+# %% ../nbs/02b_plain.ipynb #02-017
 def clear_unused_bits(
     stored: np.ndarray,  # int16 or uint16
     bits: int,  # BitsStored, 1 to 16
@@ -123,7 +123,7 @@ def clear_unused_bits(
         return stored
     return (stored << (16 - bits)) >> (16 - bits)
 
-# %% ../nbs/02b_plain.ipynb #02b-020
+# %% ../nbs/02b_plain.ipynb #02-020
 def add_intercept(
     stored: np.ndarray,  # (H, W), any integer type
     slope: float,
@@ -142,7 +142,7 @@ def add_intercept(
             return np.add(x, np.int16(intercept), out=x if in_place else None)
     return rescale(stored, slope, intercept)
 
-# %% ../nbs/02b_plain.ipynb #02b-022
+# %% ../nbs/02b_plain.ipynb #02-022
 def count_brain(
     hu: np.ndarray,  # any shape, HU
 ) -> float:  # 0 to 1
@@ -151,7 +151,7 @@ def count_brain(
         return np.count_nonzero(hu.view(np.uint16) - np.uint16(1) < np.uint16(79)) / hu.size
     return brain_fraction(hu)
 
-# %% ../nbs/02b_plain.ipynb #02b-025
+# %% ../nbs/02b_plain.ipynb #02-025
 def read_plain(
     data: memoryview,  # a DICOM file
     *,

@@ -28,7 +28,7 @@ from .images import OTHER
 from .series import Stack, Survey, read_series, survey_files
 from .calibrate import calibrate, order_logits, pool_slices, slice_lengths, to_logits
 
-# %% ../nbs/31_predict.ipynb #31-n00
+# %% ../nbs/31_predict.ipynb #31-008
 def _find_held_out(run_dir: Path) -> tuple[list[str], pd.DataFrame]:
     "The study with the most hemorrhage among those held out: its files below the DICOM folder, its rows by slice."
     rows, files = read_unseen(run_dir), read_stage(run_dir, "slices.parquet")
@@ -87,7 +87,7 @@ def decide(
         table[label], table[f"call_{label}"], table[f"set_{label}"] = np.nan, pd.NA, ""
     return table.astype(dict.fromkeys(CALLS, "Int8"))
 
-# %% ../nbs/31_predict.ipynb #31-n01
+# %% ../nbs/31_predict.ipynb #31-023
 def slice_thresholds(
     card: dict | None,  # model.json; None where there is none
 ) -> dict[str, float]:  # label: probability; only labels that have one
@@ -96,7 +96,7 @@ def slice_thresholds(
     found = {label: (cuts.get(label) or {}).get("threshold") for label in LABELS}
     return {label: float(t) for label, t in found.items() if t is not None and np.isfinite(t)}
 
-# %% ../nbs/31_predict.ipynb #31-026
+# %% ../nbs/31_predict.ipynb #31-028
 DETAILS = {"description": "SeriesDescription", "thickness_mm": "thickness_mm", "spacing_mm": "spacing_mm"}
 DETAILS |= {"kernel": "ConvolutionKernel"}
 
@@ -121,7 +121,7 @@ def tabulate_answers(
     order = ["StudyInstanceUID", "SeriesInstanceUID", "z_mm", "file", "frame"]
     return table[[*columns, *LOGITS, "error", "frame", *DETAILS.values()]].sort_values(order)
 
-# %% ../nbs/31_predict.ipynb #31-027
+# %% ../nbs/31_predict.ipynb #31-029
 def predict_survey(
     model: Model,  # of `load_model`
     survey: Survey,  # of `survey_files`; its table's notes grow
@@ -150,7 +150,7 @@ def predict_survey(
     answers = decide(logits.to_numpy(np.float64), model.card).set_index(logits.index).join(logits)
     return tabulate_answers(survey, answers, error)
 
-# %% ../nbs/31_predict.ipynb #31-028
+# %% ../nbs/31_predict.ipynb #31-030
 def check_used(
     series: pd.DataFrame,  # of a survey
     n: int,  # images
@@ -177,7 +177,7 @@ def see_study(
         check_used(survey.series, len(survey.images))
         return predict_survey(model, survey, pixels), survey
 
-# %% ../nbs/31_predict.ipynb #31-029
+# %% ../nbs/31_predict.ipynb #31-031
 def predict_study(
     model: Model,  # of `load_model`
     dicom: str | Path | Sequence[str | Path],  # as `see_study` has it
@@ -186,7 +186,7 @@ def predict_study(
     "A row per image, in order; null where its series is not used. Raises `InputError` when there is no usable series."
     return see_study(model, dicom, **how)[0].reset_index(drop=True)
 
-# %% ../nbs/31_predict.ipynb #31-034
+# %% ../nbs/31_predict.ipynb #31-036
 SERIES_COLUMNS = {"study": "study", "uid": "SeriesInstanceUID", "used": "used", "reason": "reason", "notes": "notes"}
 SERIES_COLUMNS |= {"slices": "slices", "span_mm": "span_mm", "pixel_mm": "pixel_mm"} | DETAILS
 
@@ -204,7 +204,7 @@ class Study(NamedTuple):
         "A row per series."
         return self.survey.series.reindex(columns=[*SERIES_COLUMNS]).rename(columns=SERIES_COLUMNS)
 
-# %% ../nbs/31_predict.ipynb #31-036
+# %% ../nbs/31_predict.ipynb #31-038
 def summarize_studies(
     slices: pd.DataFrame,  # as `predict_study` gives it
     card: dict,  # model.json
@@ -215,7 +215,7 @@ def summarize_studies(
     table = decide(good[LOGITS].to_numpy(), card, studies.ngroup().to_numpy(), slice_lengths(good))
     return studies.size().rename("slices").to_frame().join(table.set_index(studies.size().index))
 
-# %% ../nbs/31_predict.ipynb #31-n07
+# %% ../nbs/31_predict.ipynb #31-039
 SHORT = dict(zip(LABELS, ("EDH", "IPH", "IVH", "SAH", "SDH", "any"), strict=True))
 LEGEND = """EDH epidural, IPH intraparenchymal, IVH intraventricular, SAH subarachnoid,
 SDH subdural. Marks: + called present, ? undecided.
@@ -236,7 +236,7 @@ def format_studies(
     ids = [uid if len(uid) < 25 else f"...{uid[-21:]}" for uid in map(str, names)]
     return f"{rows.set_axis(ids).to_string()}\n\n{LEGEND}"
 
-# %% ../nbs/31_predict.ipynb #31-n04
+# %% ../nbs/31_predict.ipynb #31-042
 def plot_series(
     slices: pd.DataFrame,  # as `predict_study` gives it, of one series
     truth: pd.DataFrame | None = None,  # index SOPInstanceUID, columns LABELS, where known
@@ -264,7 +264,7 @@ def plot_series(
     ax.set_ylim(0, 1)
     return fig
 
-# %% ../nbs/31_predict.ipynb #31-n06
+# %% ../nbs/31_predict.ipynb #31-045
 def predict_held_out(
     run_dir: str | Path,  # with model/, predictions.parquet and slices.parquet
     data_dir: str | Path,  # the dataset

@@ -7,7 +7,7 @@ __all__ = ['STEPS', 'BATCH', 'CHECKS', 'PARTS', 'keep_features', 'order_series',
            'SeriesNetwork', 'run_network', 'masked_loss', 'fit_network', 'cross_fit_series', 'see_features',
            'add_recurrent', 'add_network', 'predict_series']
 
-# %% ../nbs/17_recurrent.ipynb #17-n00
+# %% ../nbs/17_recurrent.ipynb #17-003
 from pathlib import Path
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from .network import last_layer
 from .model import Model, load_model, predict_logits
 from .sequence import ADDED, read_together, smooth_logits, split_patients
 
-# %% ../nbs/17_recurrent.ipynb #17-n01
+# %% ../nbs/17_recurrent.ipynb #17-008
 @contextmanager
 def keep_features(
     network: torch.nn.Module,  # of `build_model`

@@ -20,7 +20,7 @@ import pandas as pd
 
 from .core import InputError, format_number, project_dir, read_run_file, write_file
 
-# %% ../nbs/41_report.ipynb #41-n00
+# %% ../nbs/41_report.ipynb #41-006
 _STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --tint: #f5f7f9; --accent: #0072B2 }
 * { box-sizing: border-box }
@@ -53,7 +53,7 @@ figure { margin: 0 } figcaption { color: var(--soft); font-size: .9rem }
 NOT_A_DEVICE = "Not a medical device: for research and teaching only."
 SYNTHETIC = "The data is synthetic: a phantom, made by a program. Its scores say nothing about patients."
 
-# %% ../nbs/41_report.ipynb #41-n01
+# %% ../nbs/41_report.ipynb #41-008
 def wrap_page(
     title: str,  # plain text
     body: str,  # HTML
@@ -189,7 +189,7 @@ def notebook_title(
     title, subtitle = (next((x.removeprefix(m) for x in lines if x.startswith(m)), path.stem) for m in ("# ", "> "))
     return title, subtitle
 
-# %% ../nbs/41_report.ipynb #41-n02
+# %% ../nbs/41_report.ipynb #41-030
 def list_notebooks(
     paths: list[Path],  # notebooks, in order
     notes: dict | None = None,  # name: what to say in a second column
@@ -203,7 +203,7 @@ def list_notebooks(
         rows.append(f'<tr><td>{link}<br><span class="soft">{subtitle}</span></td>{note}</tr>')
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
 
-# %% ../nbs/41_report.ipynb #41-032
+# %% ../nbs/41_report.ipynb #41-033
 def render_origin(manifest: dict) -> str:  # HTML
     "Where the numbers come from: the manifest as lines for a reader."
     changed = " with uncommitted changes" if manifest["uncommitted_changes"] else ""
@@ -219,7 +219,7 @@ def render_origin(manifest: dict) -> str:  # HTML
     cells = "".join(f"<tr><th>{k}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
     return f'<div class="scroll text"><table>{cells}</table></div><p><a href="manifest.json">manifest.json</a></p>'
 
-# %% ../nbs/41_report.ipynb #41-035
+# %% ../nbs/41_report.ipynb #41-036
 KEPT = ("*.csv", "tables/*", "figures/*", "viewer/*", "notebooks/*.ipynb", "model/history.csv")
 
 
@@ -228,7 +228,7 @@ def date_files(run_dir: str | Path) -> dict[str, tuple[int, int]]:  # path in th
     files = [path for pattern in KEPT for path in Path(run_dir).glob(pattern) if path.is_file()]
     return {p.relative_to(run_dir).as_posix(): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
 
-# %% ../nbs/41_report.ipynb #41-036
+# %% ../nbs/41_report.ipynb #41-037
 def sum_written(
     run_dir: str | Path,
     before: dict[str, tuple[int, int]],  # of `date_files`, before the stage ran
@@ -239,7 +239,7 @@ def sum_written(
     names = [name for name in now if now[name] != before.get(name)]
     return {name: [stage, f"{crc32((Path(run_dir) / name).read_bytes()):08x}"] for name in names}
 
-# %% ../nbs/41_report.ipynb #41-037
+# %% ../nbs/41_report.ipynb #41-038
 def read_manifest(run_dir: str | Path) -> dict:
     "manifest.json of a run. Raises `InputError` where it, or a file that it lists, is damaged, changed or missing."
     manifest = read_run_file(Path(run_dir) / "manifest.json")
@@ -250,14 +250,14 @@ def read_manifest(run_dir: str | Path) -> dict:
             raise InputError(f"{path}: {what}; run `ich-reproduce --from {stage}` again, as this run was started")
     return manifest
 
-# %% ../nbs/41_report.ipynb #41-040
+# %% ../nbs/41_report.ipynb #41-041
 def say_data(run_dir: str | Path, manifest: dict) -> list[str]:  # sentences; none for RSNA's data
     "What is to be said of a run's data, once."
     if manifest["synthetic"]:
         return [SYNTHETIC]
     return read_run_file(Path(run_dir) / "dataset.json")["says"] if manifest.get("dataset") else []
 
-# %% ../nbs/41_report.ipynb #41-042
+# %% ../nbs/41_report.ipynb #41-043
 def write_report(
     run_dir: str | Path,  # a run with a manifest.json
 ) -> Path:  # index.html
@@ -283,7 +283,7 @@ def write_report(
     page = wrap_page("ich_fastai: report", body, synthetic=synthetic)
     return write_file(run_dir / "index.html", lambda p: p.write_text(page, encoding="utf-8"))
 
-# %% ../nbs/41_report.ipynb #41-045
+# %% ../nbs/41_report.ipynb #41-047
 PAGES = (
     "README.md",
     "docs/your_own_scans.md",
@@ -293,7 +293,7 @@ PAGES = (
     "CHANGELOG.md",
 )
 
-# %% ../nbs/41_report.ipynb #41-046
+# %% ../nbs/41_report.ipynb #41-048
 def name_headings(
     body: str,  # HTML of nbconvert, whose headings have their text as id
 ) -> str:
@@ -305,7 +305,7 @@ def name_headings(
 
     return re.sub(r'((?:<h\d id="|href="#))([^"]*)"', rename, body)
 
-# %% ../nbs/41_report.ipynb #41-048
+# %% ../nbs/41_report.ipynb #41-050
 def render_markdown(
     path: Path,  # a .md file
     page: Path,  # the .html to write
@@ -321,7 +321,7 @@ def render_markdown(
     text = wrap_page(f"ich_fastai: {path.stem}", f'<div class="text">{body}</div>', synthetic=False, home=home)
     return write_file(page, lambda p: p.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/41_report.ipynb #41-049
+# %% ../nbs/41_report.ipynb #41-051
 def write_site(
     out: str | Path = "site",  # folder of the site
     which: str = "*.ipynb",  # notebooks

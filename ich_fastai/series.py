@@ -59,7 +59,7 @@ def find_outliers(series: pd.DataFrame) -> pd.Series:  # the usable images of a 
             why[i] = f"duplicate: same SOPInstanceUID as {series.loc[first, 'file']}"
     return why
 
-# %% ../nbs/30_series.ipynb #30-n00
+# %% ../nbs/30_series.ipynb #30-010
 TIMES = ("TemporalPositionIdentifier", "AcquisitionNumber", "AcquisitionTime", "ContentTime")
 
 
@@ -95,7 +95,7 @@ def order_images(series: pd.DataFrame) -> tuple[pd.DataFrame, str, bool]:  # the
         return series, "", True
     return series, "nothing tells the order of the slices: each is read without its neighbors", False
 
-# %% ../nbs/30_series.ipynb #30-n01
+# %% ../nbs/30_series.ipynb #30-016
 MIN_SLICES, MIN_MM, MAX_TILT = 8, 80.0, 35.0  # positions; mm; degrees from axial: gantries tilt up to 30
 MAX_NOISE, MAX_BRIGHT = 12.0, 0.04  # HU, at 5 mm thickness; share of the inner skull
 SHARP = re.compile(
@@ -105,7 +105,7 @@ POST = r"\bPOST([ -]?(CON|IV|INJ|KM|GAD)|\W*$)"  # not POST FOSSA, POST OP, POST
 CONTRAST = re.compile(rf"CONTRAST|ANGIO|\bCTA\b|\bCE\b|\bC\+|\+C\b|\bKM\b|{POST}|VENOUS|ARTERIAL|PERFUS")
 PLAIN = re.compile(r"PLAIN|NATIV|NON.?CON|WITHOUT|\bW/?O\b|\bNC\b|\bOHNE\b|\bSANS\b|UNENHANCED|NECT|NCCT|\bPRE(CON|\b)")
 
-# %% ../nbs/30_series.ipynb #30-n03
+# %% ../nbs/30_series.ipynb #30-018
 def refuse_tilt(series: pd.DataFrame) -> str:  # ordered images
     "Why a series does not lie as a head is scanned; empty where it does, or where its files do not say."
     lying = [o for o in series["ImageOrientationPatient"] if len(o) == 6]
@@ -126,7 +126,7 @@ def refuse_extent(series: pd.DataFrame, z_span: float) -> str:  # ordered images
         return f"covers {z_span:.0f} mm: a head needs {MIN_MM:.0f} or more"
     return ""
 
-# %% ../nbs/30_series.ipynb #30-018
+# %% ../nbs/30_series.ipynb #30-020
 class Sight(NamedTuple):
     "What the sampled slices of a series show."
 
@@ -139,7 +139,7 @@ class Sight(NamedTuple):
     cut: float = 0.0  # share of these in which the head reaches the image's border
     why: str = ""  # the first slice that could not be read: its reason
 
-# %% ../nbs/30_series.ipynb #30-n05
+# %% ../nbs/30_series.ipynb #30-021
 def read_upright(
     image,  # a row of `read_images`, as a named tuple
     decoder: Decoder,
@@ -151,7 +151,7 @@ def read_upright(
     transposed = find_turn(image.ImageOrientationPatient)[0]
     return stand_upright(hu, image.ImageOrientationPatient), spacing[::-1] if transposed else spacing
 
-# %% ../nbs/30_series.ipynb #30-020
+# %% ../nbs/30_series.ipynb #30-022
 def look_at(
     read: Callable[[int], tuple[np.ndarray, tuple[float, float]]],  # of the k-th image, what `read_upright` gives
     n: int,  # images, in order
@@ -177,7 +177,7 @@ def _reader(series: pd.DataFrame, decoder: Decoder):  # ordered images: what rea
     rows = list(series.itertuples())
     return lambda k: read_upright(rows[k], decoder)
 
-# %% ../nbs/30_series.ipynb #30-023
+# %% ../nbs/30_series.ipynb #30-025
 def refuse_sight(series: pd.DataFrame, sight: Sight, thickness: float) -> str:  # ordered images; mm, or NaN
     "Why what a series shows, or says that it shows, is no plain head; empty where it is."
     first = series.iloc[0]
@@ -200,7 +200,7 @@ def refuse_sight(series: pd.DataFrame, sight: Sight, thickness: float) -> str:  
         return f"{100 * sight.bright:.0f}% of the brain is bright, as by contrast"
     return ""
 
-# %% ../nbs/30_series.ipynb #30-n07
+# %% ../nbs/30_series.ipynb #30-028
 def describe_series(series: pd.DataFrame, decoder: Decoder) -> dict:  # usable images of one time point
     "A row of the series table; `reason` is empty where nothing speaks against it."
     series, note, ordered = order_images(series)
@@ -223,7 +223,7 @@ def describe_series(series: pd.DataFrame, decoder: Decoder) -> dict:  # usable i
     row |= {"reason": reason, "notes": "; ".join(notes), "ordered": ordered, "made": made, "images": series.index}
     return row | {"description": first["SeriesDescription"], "kernel": first["ConvolutionKernel"]}
 
-# %% ../nbs/30_series.ipynb #30-027
+# %% ../nbs/30_series.ipynb #30-029
 def tabulate_series(
     images: pd.DataFrame,  # with study and series; `error` gains reasons
     decoder: Decoder | None = None,  # one that lives longer
@@ -253,7 +253,7 @@ def tabulate_series(
                 rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/30_series.ipynb #30-029
+# %% ../nbs/30_series.ipynb #30-031
 def choose_series(
     table: pd.DataFrame,  # of `tabulate_series`
     geometry: Geometry | None = None,  # of the training
@@ -277,7 +277,7 @@ def choose_series(
         table.loc[i, "reason"] = "usable; another series comes first"
     return table
 
-# %% ../nbs/30_series.ipynb #30-032
+# %% ../nbs/30_series.ipynb #30-034
 def _number(value, digits: int = 1) -> str:
     return f"{value:.{digits}f}" if pd.notna(value) and math.isfinite(value) else "-"
 
@@ -305,7 +305,7 @@ def format_series(
             ]
     return "\n".join(lines[1:])
 
-# %% ../nbs/30_series.ipynb #30-034
+# %% ../nbs/30_series.ipynb #30-036
 class Survey(NamedTuple):
     "What was found in an export."
 
@@ -347,7 +347,7 @@ def survey_files(
     check_wanted(wanted, survey.series.loc[survey.series["images"].map(len).gt(0), "uid"])
     return survey
 
-# %% ../nbs/30_series.ipynb #30-037
+# %% ../nbs/30_series.ipynb #30-039
 class Stack(NamedTuple):
     "A series as the network sees it."
 
@@ -359,7 +359,7 @@ class Stack(NamedTuple):
     z_mm: np.ndarray = np.empty(0)  # (n,) of each image; NaN where unknown
     ids: tuple[str, ...] = ()  # (n,) SOPInstanceUID
 
-# %% ../nbs/30_series.ipynb #30-038
+# %% ../nbs/30_series.ipynb #30-040
 def stack_slices(
     read: Callable[[int], tuple[np.ndarray, tuple[float, float]]],  # as `look_at` has it
     z_mm: np.ndarray,  # (n,) mm, in order; NaN where unknown
@@ -389,7 +389,7 @@ def stack_slices(
     thin = [f"{len(good)} thin slices averaged to {len(stack)}"] if len(stack) < len(good) else []
     return Stack(stack, slab, step if ordered else 0, errors, [*sorted(notes)[:1], *thin], z_mm)
 
-# %% ../nbs/30_series.ipynb #30-039
+# %% ../nbs/30_series.ipynb #30-041
 def read_series(
     images: pd.DataFrame,  # of a survey, those of the series in order
     about,  # its row of the survey's table, as a named tuple

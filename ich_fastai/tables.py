@@ -79,7 +79,7 @@ def write_at(path: Path, size: int, data: bytes) -> int:  # bytes that stay; the
         file.write(data)
     return size + len(data)
 
-# %% ../nbs/35_tables.ipynb #35-n00
+# %% ../nbs/35_tables.ipynb #35-018
 class Tables:
     "The tables of a run, and what is finished: a dict with `images`, `unused` and `used` for each study."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sum_modules', 'tiny_phantom', 'tiny_sources', 'tiny_cohort', 'tiny_run', 'tiny_model', 'simulate_scores']
 
-# %% ../nbs/90_tiny.ipynb #90-n00
+# %% ../nbs/90_tiny.ipynb #90-002
 import inspect
 import re
 import shutil
@@ -22,7 +22,7 @@ from .phantom import is_phantom, make_phantom
 from .ingest import ingest
 from .cohort import make_cohort
 
-# %% ../nbs/90_tiny.ipynb #90-n02
+# %% ../nbs/90_tiny.ipynb #90-007
 def sum_modules(
     *names: str,  # modules of this package
 ) -> str:  # of their source and of that of all modules of this package that they import
@@ -34,7 +34,7 @@ def sum_modules(
             todo += re.findall(r"^\s*from (?:ich_fastai)?\.(\w+) import", found[name], re.M)
     return f"{crc32(repr(sorted(found.items())).encode()):08x}"
 
-# %% ../nbs/90_tiny.ipynb #90-n04
+# %% ../nbs/90_tiny.ipynb #90-010
 def tiny_phantom(
     folder: str | Path = "",  # "" for runs/tiny/phantom in the project
 ) -> Path:  # the dataset's folder
@@ -49,7 +49,7 @@ def tiny_phantom(
         made.write_text(now)
     return home
 
-# %% ../nbs/90_tiny.ipynb #90-n05
+# %% ../nbs/90_tiny.ipynb #90-013
 def tiny_sources() -> Path:  # run_dir
     "The tiny phantom's run folder, runs/tiny/run, with labels.parquet, slices.parquet and cache, made when missing."
     data_dir, run_dir = tiny_phantom(), project_dir() / "runs" / "tiny" / "run"
@@ -64,7 +64,7 @@ def tiny_sources() -> Path:  # run_dir
             made.write_text(now)
     return run_dir
 
-# %% ../nbs/90_tiny.ipynb #90-013
+# %% ../nbs/90_tiny.ipynb #90-016
 def tiny_cohort() -> Path:  # run_dir
     "The run folder of `tiny_sources` with cohort.parquet, made when missing."
     run_dir = tiny_sources()
@@ -73,7 +73,7 @@ def tiny_cohort() -> Path:  # run_dir
             make_cohort(run_dir)
     return run_dir
 
-# %% ../nbs/90_tiny.ipynb #90-n06
+# %% ../nbs/90_tiny.ipynb #90-021
 def tiny_run() -> Path:  # run_dir
     "The run folder of `tiny_cohort` with a model and its predictions, made when missing."
     run_dir = tiny_cohort()
@@ -85,7 +85,7 @@ def tiny_run() -> Path:  # run_dir
             fit(run_dir, Settings(image_size=64, epochs=2))
     return run_dir
 
-# %% ../nbs/90_tiny.ipynb #90-n08
+# %% ../nbs/90_tiny.ipynb #90-025
 def tiny_model() -> Path:  # run_dir
     "The run folder of `tiny_run` with corrections and thresholds in its model, made when missing."
     run_dir = tiny_run()
@@ -96,7 +96,7 @@ def tiny_model() -> Path:  # run_dir
             evaluate(run_dir, tiny_phantom(), n_boot=20)
     return run_dir
 
-# %% ../nbs/90_tiny.ipynb #90-022
+# %% ../nbs/90_tiny.ipynb #90-028
 def simulate_scores(
     n: int = 400,  # slices
     n_patients: int = 60,

@@ -6,7 +6,7 @@
 __all__ = ['CODE', 'SLICE', 'SLICES_A_PROCESS', 'fingerprint', 'predict_batches', 'Fold', 'fit_fold', 'count_processes',
            'average_folds', 'fit', 'plot_history', 'train']
 
-# %% ../nbs/12_train.ipynb #12-n00
+# %% ../nbs/12_train.ipynb #12-002
 import hashlib
 import json
 import os
@@ -57,7 +57,7 @@ def _train(learner: Learner, settings: Settings) -> None:
         sizes = f"batch_size={settings.batch_size}, image_size={settings.image_size}"
         raise InputError(f"out of memory on {device} with {sizes}: lower one of them") from e
 
-# %% ../nbs/12_train.ipynb #12-n03
+# %% ../nbs/12_train.ipynb #12-008
 CODE = ("labels", "dicom", "cache", "cohort", "batches", "network", "model", "learner", "train")
 SLICE = ["SOPInstanceUID", "crc32", *NEIGHBORS, *LABELS]  # columns: what a training is shown of a slice
 
@@ -68,6 +68,8 @@ def fingerprint(
     rows: pd.DataFrame,  # the training slices
 ) -> str:
     "A hash of what decides a training: settings, slices, pixels, labels, the weights it starts from, and the code."
+    if lacks := sorted({*SLICE} - {*rows}):
+        raise InputError(f"cohort.parquet: of an earlier version, without {', '.join(lacks)}; run notebook 09 again")
     parts = [json.dumps([asdict(settings), cache_size]).encode()]
     parts += [pd.util.hash_pandas_object(rows[SLICE], index=False).to_numpy().tobytes()]
     parts += [Path(ich_fastai.__file__).with_name(f"{name}.py").read_bytes() for name in CODE]
@@ -75,7 +77,7 @@ def fingerprint(
     parts += [weights.read_bytes()] if weights.is_file() else []
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
-# %% ../nbs/12_train.ipynb #12-n06
+# %% ../nbs/12_train.ipynb #12-011
 @torch.no_grad()
 def predict_batches(
     network: torch.nn.Module,
@@ -86,14 +88,14 @@ def predict_batches(
     outputs = torch.cat([network(x) for x, _ in batches])
     return gather_rows(outputs, batches.n, batches.place.processes).numpy(force=True)
 
-# %% ../nbs/12_train.ipynb #12-011
+# %% ../nbs/12_train.ipynb #12-013
 def _prediction_table(rows: pd.DataFrame, logits: np.ndarray, keep_rate: float) -> pd.DataFrame:
     "predictions.parquet of one fold: ids, labels, logits as the network gives them."
     table = rows[["SOPInstanceUID", "PatientID", "StudyInstanceUID", "fold", *LABELS]].reset_index(drop=True)
     table[LOGITS] = logits.astype(np.float32)
     return table.assign(keep_rate=keep_rate)
 
-# %% ../nbs/12_train.ipynb #12-n08
+# %% ../nbs/12_train.ipynb #12-015
 class Fold(NamedTuple):
     "What comes of one fold."
 
@@ -134,7 +136,7 @@ def fit_fold(
     predictions = _prediction_table(cohort[cohort["fold"] == fold], logits, keep_rate)
     return Fold(kept, predictions, pd.DataFrame(journal.history).assign(fold=fold, seed=settings.seed), facts)
 
-# %% ../nbs/12_train.ipynb #12-016
+# %% ../nbs/12_train.ipynb #12-018
 SLICES_A_PROCESS = 1000  # to train on; with fewer it takes longer to start the process
 
 
@@ -148,7 +150,7 @@ def count_processes(
         return 1
     return workers or max(1, min(count_cores(), slices // SLICES_A_PROCESS))
 
-# %% ../nbs/12_train.ipynb #12-018
+# %% ../nbs/12_train.ipynb #12-020
 def average_folds(
     each: Sequence[Fold],  # of the same fold, one or more networks
 ) -> Fold:  # its network an `Average` where there are several
@@ -161,7 +163,7 @@ def average_folds(
     history = pd.concat([fold.history for fold in each], ignore_index=True)
     return Fold(Average([fold.network for fold in each]), table, history, each[0].facts)
 
-# %% ../nbs/12_train.ipynb #12-021
+# %% ../nbs/12_train.ipynb #12-023
 def _fit_networks(one: Callable, folds, settings: Settings, processes: int, progress: bool) -> list[Fold]:
     "The networks of each fold; those of other processes are taken up from their checkpoints."
     alike = [replace(settings, seed=settings.seed + k, networks=1) for k in range(settings.networks)]
@@ -202,7 +204,7 @@ def fit(
         shutil.rmtree(checkpoints, ignore_errors=True)
     return predictions
 
-# %% ../nbs/12_train.ipynb #12-024
+# %% ../nbs/12_train.ipynb #12-026
 def plot_history(
     history: pd.DataFrame,  # history.csv, or that of several trainings
     by: str = "fold",  # column: a color each
@@ -223,7 +225,7 @@ def plot_history(
     fig.legend(loc="outside lower center", ncols=4)
     return fig
 
-# %% ../nbs/12_train.ipynb #12-026
+# %% ../nbs/12_train.ipynb #12-028
 def train(
     run_dir: str | Path,  # with cohort.parquet and cache/
     settings: Settings,

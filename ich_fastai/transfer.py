@@ -8,7 +8,7 @@ __all__ = ['DELIVERED', 'REFIT', 'THICKNESS', 'MOST_GROUPS', 'DISTANCE', 'read_p
            'group_answers', 'recall_training', 'histogram_table', 'histogram_distance', 'plot_histogram', 'shift_table',
            'compare_published', 'Judged', 'position_table', 'find_mistakes', 'headline', 'format_headline']
 
-# %% ../nbs/28_transfer.ipynb #28-n13
+# %% ../nbs/28_transfer.ipynb #28-002
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ def read_published(
     table = pd.read_csv(project_dir() / "data" / "published.csv", comment="#").astype({"n": "Int64"})
     return table[table["dataset"].eq(dataset)].reset_index(drop=True) if dataset else table
 
-# %% ../nbs/28_transfer.ipynb #28-n03
+# %% ../nbs/28_transfer.ipynb #28-012
 def level_of(
     labels: pd.DataFrame,  # those of LABELS that exist, 0 or 1; a row per study or slice
     p: pd.DataFrame,  # probabilities of the same labels and rows
@@ -46,7 +46,7 @@ def level_of(
     known = tuple(known_labels(labels))
     return Level(fill_labels(labels), np.asarray(patients), x, fold, q, q, q, *decisions, known)
 
-# %% ../nbs/28_transfer.ipynb #28-n06
+# %% ../nbs/28_transfer.ipynb #28-016
 DELIVERED, REFIT = "as delivered", "recalibrated here"
 
 
@@ -68,7 +68,7 @@ def judge(
     refit.calibrated[:, y.min(axis=0) == y.max(axis=0)] = np.nan  # of one class there is nothing to fit
     return {DELIVERED: delivered, REFIT: refit}
 
-# %% ../nbs/28_transfer.ipynb #28-n08
+# %% ../nbs/28_transfer.ipynb #28-019
 def transfer_metrics(
     levels: dict[str, Level],  # of `judge`, or a system's name and its `level_of`
     *,
@@ -90,7 +90,7 @@ def transfer_metrics(
             rows += [{"probabilities": name} | row for row in found]
     return pd.DataFrame(rows)
 
-# %% ../nbs/28_transfer.ipynb #28-n10
+# %% ../nbs/28_transfer.ipynb #28-021
 def score_probabilities(
     labels: pd.DataFrame,  # a row per study: those of LABELS that exist, PatientID
     p: pd.DataFrame,  # a row per study, likewise
@@ -123,7 +123,7 @@ def calibration_table(
             rows.append({"label": label, "probabilities": name} | counts | found | maps)
     return pd.DataFrame(rows)
 
-# %% ../nbs/28_transfer.ipynb #28-n31
+# %% ../nbs/28_transfer.ipynb #28-028
 def plot_transfer(
     levels: dict[str, Level],  # of `judge`
     note: str = "",  # for the title, say "synthetic data"
@@ -148,7 +148,7 @@ def plot_transfer(
     fig.suptitle(f"Reliability, 95% intervals by patient{note and ', ' + note}")
     return fig
 
-# %% ../nbs/28_transfer.ipynb #28-n15
+# %% ../nbs/28_transfer.ipynb #28-031
 def transfer_thresholds(
     levels: dict[str, Level],  # of `judge`
     sensitivity: float,  # that was wanted
@@ -270,7 +270,7 @@ def compare_published(
     order = both["label"].map({label: k for k, label in enumerate(("any", *LABELS[:-1]))})
     return both.assign(order=order).sort_values("order", kind="stable").drop(columns="order").reset_index(drop=True)
 
-# %% ../nbs/28_transfer.ipynb #28-n21
+# %% ../nbs/28_transfer.ipynb #28-050
 class Judged(NamedTuple):
     "A level of a dataset, judged."
 
@@ -282,7 +282,7 @@ class Judged(NamedTuple):
         "The labels that exist."
         return self.levels[DELIVERED].known
 
-# %% ../nbs/28_transfer.ipynb #28-n25
+# %% ../nbs/28_transfer.ipynb #28-054
 def position_table(
     judged: Judged,  # of slices
     *,
@@ -307,7 +307,7 @@ def position_table(
             table.append({"score": name, "pairs": pairs} | found._asdict() | counts)
     return pd.DataFrame(table).rename(columns={"why": "note"})
 
-# %% ../nbs/28_transfer.ipynb #28-n28
+# %% ../nbs/28_transfer.ipynb #28-057
 def find_mistakes(
     judged: Judged,
 ) -> pd.DataFrame:  # kind, name (of the slice or study), study, p, threshold; three of each kind
@@ -321,7 +321,7 @@ def find_mistakes(
         found.append(worst.head(3).assign(kind=kind))
     return pd.concat(found, ignore_index=True)[["kind", "name", "study", "p", "threshold"]]
 
-# %% ../nbs/28_transfer.ipynb #28-059
+# %% ../nbs/28_transfer.ipynb #28-060
 def headline(
     metrics: pd.DataFrame,  # of `transfer_metrics`, with the column level
 ) -> pd.DataFrame:  # of str: level, label, AUC, sensitivity, specificity, calibration_slope, n, n_positive, n_patients
@@ -337,7 +337,7 @@ def headline(
         rows.append({"level": level, "label": label} | found | counts)
     return pd.DataFrame(rows).sort_values(["level", "label"], key=lambda c: c.ne("any") if c.name == "label" else c)
 
-# %% ../nbs/28_transfer.ipynb #28-061
+# %% ../nbs/28_transfer.ipynb #28-062
 def format_headline(
     table: pd.DataFrame,  # of `headline`
 ) -> str:

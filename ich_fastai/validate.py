@@ -7,7 +7,7 @@ __all__ = ['INPUTS', 'ANSWERS', 'TEXTS', 'AGAIN', 'READ_FIRST', 'check_overlap',
            'deliver', 'judge_answers', 'find_shift', 'describe_rows', 'make_tables', 'read_qure', 'write_pages',
            'look_closer', 'write_index', 'say_dataset', 'save_all', 'validate', 'ich_validate']
 
-# %% ../nbs/39_validate.ipynb #39-003
+# %% ../nbs/39_validate.ipynb #39-002
 import json
 from hashlib import sha256
 from functools import partial
@@ -39,7 +39,7 @@ from .answer import hash_weights
 from .tables import make_harmless
 from .datasets import CQ500_NAMES, Dataset, check_independent, open_dataset, read_csv
 
-# %% ../nbs/39_validate.ipynb #39-n00
+# %% ../nbs/39_validate.ipynb #39-007
 def check_overlap(
     dataset: Dataset,
     model_dir: str | Path,  # model/ of a run; the run's cohort.parquet may lie beside it
@@ -63,7 +63,7 @@ def check_overlap(
                 what = f"{len(both):,} of its {kind} were in the model's training run, e.g. {both[0]}"
                 raise InputError(f"{dataset.facts.name}: refused: {what}; validate on other patients")
 
-# %% ../nbs/39_validate.ipynb #39-011
+# %% ../nbs/39_validate.ipynb #39-010
 INPUTS = ["noise_hu", "brain_fraction", *HU_COLUMNS]
 ANSWERS = ["id", "study", "z_mm", *LOGITS, *INPUTS, "error"]
 
@@ -85,7 +85,7 @@ def ask_study(
     table["error"] = [None if ok else stack.errors.get(i, "not read") for i, ok in zip(stack.ids, good, strict=True)]
     return table[ANSWERS]
 
-# %% ../nbs/39_validate.ipynb #39-014
+# %% ../nbs/39_validate.ipynb #39-013
 def claim_folder(
     out: str | Path,  # the folder of a validation
     model_dir: str | Path,  # model/ of a run
@@ -107,7 +107,7 @@ def claim_folder(
     save_json(mine, path, checked=True)
     return path.parent
 
-# %% ../nbs/39_validate.ipynb #39-016
+# %% ../nbs/39_validate.ipynb #39-015
 TEXTS = ("uid", "description", "kernel", "scanner")  # that may look like numbers
 AGAIN = "delete it and run the same command again"
 
@@ -133,7 +133,7 @@ def ask_all(
         tables.append(table)
     return pd.concat([t.dropna(axis=1, how="all") for t in tables], ignore_index=True).reindex(columns=ANSWERS)
 
-# %% ../nbs/39_validate.ipynb #39-019
+# %% ../nbs/39_validate.ipynb #39-018
 def deliver(
     rows: pd.DataFrame,  # of `ask_all`, those with an answer
     card: dict,  # model.json
@@ -148,7 +148,7 @@ def deliver(
     study = pd.factorize(rows["study"], sort=True)[0]
     return pool_slices(x, study, mm), decide(logits, card, study, mm)[list(LABELS)].to_numpy()
 
-# %% ../nbs/39_validate.ipynb #39-n17
+# %% ../nbs/39_validate.ipynb #39-020
 def judge_answers(
     answers: pd.DataFrame,  # of `ask_all`
     dataset: Dataset,
@@ -177,7 +177,7 @@ def judge_answers(
         found[level] = Judged(judge(y[names], x, p, cut, y["PatientID"].to_numpy(), **how), rows)
     return found
 
-# %% ../nbs/39_validate.ipynb #39-024
+# %% ../nbs/39_validate.ipynb #39-023
 def find_shift(
     answers: pd.DataFrame,  # of `ask_all`
     series: pd.DataFrame,  # a row per study: the series that was used
@@ -196,7 +196,7 @@ def find_shift(
     here[DISTANCE] = histogram_distance(histogram)
     return {"shift": shift_table(here, recall_training(card)), "histogram": histogram}
 
-# %% ../nbs/39_validate.ipynb #39-n22
+# %% ../nbs/39_validate.ipynb #39-026
 def describe_rows(rows: pd.DataFrame, dataset: Dataset, series: pd.DataFrame) -> pd.DataFrame:
     "What is known of the study of each row of `Judged`: the series used, and what the labels say beside labels."
     of = series.drop_duplicates("study").set_index("study").filter(["thickness_mm", "spacing_mm", "scanner", "kernel"])
@@ -235,7 +235,7 @@ def make_tables(
     done["published"] = done["published"].drop_duplicates(["system", "label", "level"], ignore_index=True)
     return done | find_shift(answers, series, judged, card)
 
-# %% ../nbs/39_validate.ipynb #39-030
+# %% ../nbs/39_validate.ipynb #39-031
 def read_qure(
     csv: str | Path,  # prediction_probabilities.csv
 ) -> pd.DataFrame:  # index: CQ500-CT-<N>; LABELS, float64
@@ -244,7 +244,7 @@ def read_qure(
     table = read_csv(Path(csv), ("name", *columns)).set_index("name")[columns]
     return table.apply(pd.to_numeric, errors="coerce").set_axis(list(LABELS), axis=1)
 
-# %% ../nbs/39_validate.ipynb #39-034
+# %% ../nbs/39_validate.ipynb #39-035
 def write_pages(
     mistakes: pd.DataFrame,  # of `find_mistakes`
     dataset: Dataset,
@@ -278,7 +278,7 @@ def look_closer(judged: dict, dataset: Dataset, answers: pd.DataFrame, model: Mo
     found = {"position": position_table(judged["slice"], **boot)} if "slice" in judged else {}
     return found | {"mistakes": write_pages(find_mistakes(judged[dataset.level]), dataset, answers, model, folder)}
 
-# %% ../nbs/39_validate.ipynb #39-n01
+# %% ../nbs/39_validate.ipynb #39-038
 _STYLE = "body{font:15px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
 _STYLE += "td,th{padding:.2em .6em;text-align:left;border-bottom:1px solid #ddd}.wide{overflow-x:auto}img{width:60em}"
 READ_FIRST = {
@@ -331,7 +331,7 @@ def save_all(out: Path, tables: dict[str, pd.DataFrame], note: str) -> None:
         table = table.assign(data=note) if note and name != "reasons" else table
         save_table(make_harmless(table), out / "tables" / f"{name}.csv")
 
-# %% ../nbs/39_validate.ipynb #39-n24
+# %% ../nbs/39_validate.ipynb #39-043
 @checked
 def validate(
     model_dir: str | Path,  # model/ of a run

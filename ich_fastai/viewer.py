@@ -7,7 +7,7 @@ __all__ = ['PAGE_KINDS', 'UPRIGHT', 'DARK_COLORS', 'pick_studies', 'gather_pixel
            'pack_maps', 'draw_strip', 'name_edges', 'hash_uid', 'list_unusable', 'render_top', 'fill_template',
            'tell_page', 'render_legend', 'write_viewer', 'write_study_page', 'view_held_out']
 
-# %% ../nbs/32_viewer.ipynb #32-n00
+# %% ../nbs/32_viewer.ipynb #32-003
 import base64
 import gzip
 import hashlib
@@ -31,7 +31,7 @@ from .calibrate import slice_lengths
 from .series import Survey
 from .predict import CALLS, SETS, Study, decide, see_study, slice_thresholds, summarize_studies
 
-# %% ../nbs/32_viewer.ipynb #32-n01
+# %% ../nbs/32_viewer.ipynb #32-008
 PAGE_KINDS = {  # page: kind, is there bleeding, was it called; the first mistake that exists is taken
     "found": (("bleeding, found", 1, 1),),
     "mistake": (("bleeding, missed", 1, 0), ("no bleeding, false alarm", 0, 1)),
@@ -105,7 +105,7 @@ def pack_maps(
     whole = [(255 * np.nan_to_num(x.astype(np.float32)).clip(0, 1)).astype(np.uint8) for x in maps]
     return pack_bytes(np.stack(whole).tobytes()) if whole else ""
 
-# %% ../nbs/32_viewer.ipynb #32-n02
+# %% ../nbs/32_viewer.ipynb #32-021
 DARK_COLORS = LABEL_COLORS | {"any": "#e8ecf1"}
 
 
@@ -137,7 +137,7 @@ def draw_strip(
         parts.append(f'<path d="M{i} 0V60" stroke="#93a0ae" vector-effect="non-scaling-stroke"/>')
     return f'<svg viewBox="0 0 {n} 60" preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'
 
-# %% ../nbs/32_viewer.ipynb #32-026
+# %% ../nbs/32_viewer.ipynb #32-024
 def name_edges(
     orientation: Sequence[float],  # ImageOrientationPatient: direction cosines of a row and of a column; or empty
 ) -> dict[str, str]:  # left, right, top, bottom: R, L, A, P, F or H
@@ -152,14 +152,14 @@ def name_edges(
 
     return {"left": towards(-row), "right": towards(row), "top": towards(-column), "bottom": towards(column)}
 
-# %% ../nbs/32_viewer.ipynb #32-029
+# %% ../nbs/32_viewer.ipynb #32-027
 def hash_uid(
     uid,  # StudyInstanceUID or another; also null
 ) -> str:  # 8 hexadecimal digits
     "A name for a study that does not say which it is to whoever does not have it."
     return hashlib.sha256(str(uid).encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
-# %% ../nbs/32_viewer.ipynb #32-031
+# %% ../nbs/32_viewer.ipynb #32-029
 def list_unusable(
     slices: pd.DataFrame,  # as `predict_study` gives it
     show_uids: bool = False,  # also the names of the files and the whole reason
@@ -173,7 +173,7 @@ def list_unusable(
     names = [f"{file}: {error}" for file, error in zip(bad["file"], bad["error"], strict=True)] if show_uids else []
     return [f"not usable, not shown: {len(bad):,} of {len(slices):,} files, {words}", *names]
 
-# %% ../nbs/32_viewer.ipynb #32-033
+# %% ../nbs/32_viewer.ipynb #32-031
 def render_top(
     warnings: Sequence[str],
     series_table: pd.DataFrame | None,  # a row per series of the folder: what was read, and why
@@ -191,7 +191,7 @@ def render_top(
     n = len(table)
     return f'{top}<details><summary>{n} series in the folder</summary><div class="scroll">{shown}</div></details>'
 
-# %% ../nbs/32_viewer.ipynb #32-036
+# %% ../nbs/32_viewer.ipynb #32-034
 def fill_template(
     values: dict[str, str],  # name of a place: HTML
 ) -> str:
@@ -202,7 +202,7 @@ def fill_template(
     values = values | {"script_hash": f"sha256-{digest}"}
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
-# %% ../nbs/32_viewer.ipynb #32-n03
+# %% ../nbs/32_viewer.ipynb #32-036
 def _answers(table: pd.DataFrame) -> list[dict]:
     "Probabilities, calls and whether undecided, a dict a row; None where there is none."
     found = table[list(LABELS)].astype(float).round(4), table[CALLS]
@@ -236,7 +236,7 @@ def tell_page(
         "windows": WINDOWS,
     }
 
-# %% ../nbs/32_viewer.ipynb #32-041
+# %% ../nbs/32_viewer.ipynb #32-039
 def render_legend(
     thresholds: dict,  # of `slice_thresholds`
     truth: bool,  # are labels known?
@@ -252,7 +252,7 @@ def render_legend(
         texts += [('<i class="mark under"></i>', "present, as labelled")]
     return " ".join(f"<span>{mark}{text}</span>" for mark, text in texts)
 
-# %% ../nbs/32_viewer.ipynb #32-n05
+# %% ../nbs/32_viewer.ipynb #32-041
 def write_viewer(
     slices: pd.DataFrame,  # as `predict_study` gives it, of one study
     hu: np.ndarray,  # (n, H, W) int16 HU, a slice per row of `slices`
@@ -284,7 +284,7 @@ def write_viewer(
     values |= {"study": json.dumps(about).replace("<", "\\u003c"), "pixels": pack_pixels(hu[good])}
     return write_file(page, lambda p: p.write_text(fill_template(values), encoding="utf-8"))
 
-# %% ../nbs/32_viewer.ipynb #32-048
+# %% ../nbs/32_viewer.ipynb #32-046
 def write_study_page(
     model: Model,
     study: Study,  # with pixels
@@ -298,7 +298,7 @@ def write_study_page(
     rows = study.slices.reset_index(drop=True)
     return write_viewer(rows, hu, page, card=model.card, warnings=warnings, show_uids=show_uids, **about)
 
-# %% ../nbs/32_viewer.ipynb #32-n06
+# %% ../nbs/32_viewer.ipynb #32-049
 def view_held_out(
     run_dir: str | Path,  # with model/, predictions.parquet and slices.parquet
     data_dir: str | Path,  # the dataset

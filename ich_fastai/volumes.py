@@ -6,7 +6,7 @@
 __all__ = ['MAX_VOXELS', 'SKULL_MM', 'Volume', 'stand_volume', 'square_field', 'import_nibabel', 'read_nifti', 'find_volumes',
            'read_pictures']
 
-# %% ../nbs/27_volumes.ipynb #27-n00
+# %% ../nbs/27_volumes.ipynb #27-002
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ def square_field(
     "The side of a slice's field of view."
     return shape[0] * pixel_mm if len(shape) == 2 and shape[0] == shape[1] else math.nan
 
-# %% ../nbs/27_volumes.ipynb #27-n02
+# %% ../nbs/27_volumes.ipynb #27-012
 MAX_VOXELS = 2**30  # of a volume: 4,096 slices of 512 px
 
 
