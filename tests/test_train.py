@@ -363,9 +363,8 @@ def test_two_processes_train_and_predict_as_one_or_not_at_all_with_batch_norm(
     options = as_json(arch="test_convnext", batch_size=16, epochs=10, epoch_size=16, lr=1e-3)
     done = run_script(script, two, options, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = done.stdout.splitlines()
-    refused = sum("batch norm cannot be shared" in line for line in said)
-    assert {"process 0 of 2", "process 1 of 2"} < set(said) and refused == 2 and len(said) == 4
+    for words, n in (("batch norm cannot be shared", 2), ("process 0 of 2", 1), ("process 1 of 2", 1)):
+        assert done.stdout.count(words) == n, "each says both; their lines may mingle"
     monkeypatch.setattr(train, "build_model", build_model)  # taken back after the script has changed it
     monkeypatch.setattr(sys, "argv", [str(script), str(one), options])
     runpy.run_path(str(script), run_name="__main__")
