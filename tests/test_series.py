@@ -314,6 +314,9 @@ def test_what_is_not_hu_is_refused(tags, why):
         ({"ImageType": "DERIVED SECONDARY PERFUSION"}, "not in HU: ImageType is DERIVED SECONDARY PERFUSION"),
         ({"ImageType": "DERIVED PRIMARY DENSITY"}, "not in HU: ImageType is DERIVED PRIMARY DENSITY"),
         ({"ImageType": "DERIVED PRIMARY CBV"}, "not in HU: ImageType is DERIVED PRIMARY CBV"),
+        ({"ImageType": "DERIVED PRIMARY CT_PERFUSION"}, "not in HU: ImageType is DERIVED PRIMARY CT_PERFUSION"),
+        ({"ImageType": "DERIVED PRIMARY ELECTRON_DENSITY"}, "not in HU: ImageType is DERIVED PRIMARY ELECTRON_DENSITY"),
+        ({"ImageType": "DERIVED SECONDARY SCREEN_SAVE"}, "a screen save: ImageType is DERIVED SECONDARY SCREEN_SAVE"),
         ({"RescaleType": "HU_MOD"}, "not in HU: RescaleType is HU_MOD"),
     ],
 )
