@@ -34,7 +34,7 @@ from ich_fastai.dicom import DicomError, read_slice
 from ich_fastai.external import PICTURE_SETS, PictureSet, to_picture
 from ich_fastai.labels import LABELS
 from ich_fastai.metrics import Estimate, draw_patients, find_estimate
-from ich_fastai.network import build_model
+from ich_fastai.network import build_model, start_at
 from ich_fastai.model import make_loss
 from ich_fastai.phantom import make_phantom
 from ich_fastai.learner import FollowEpochs, StopOnNonFinite, make_learner
@@ -154,8 +154,7 @@ def train(run_dir, fold, settings, labels, start=None, twins_dir=None):
     dls = slice_loaders(both, twins_dir or run_dir / "cache", fold, settings, augment=AUGMENT)
     torch.manual_seed(settings.seed)
     network = build_model(settings.arch, settings.n_in, "" if start else settings.pretrained_from)
-    if start:
-        network.load_state_dict(start)
+    network.load_state_dict(start) if start else start_at(network, rows[list(LABELS)].mean())
     weights = pd.Series([float(label in labels) * len(LABELS) / len(labels) for label in LABELS])
     learner = make_learner(dls, network, make_loss(weights), [FollowEpochs(), StopOnNonFinite()])
     with learner.no_bar(), learner.no_logging():

@@ -51,7 +51,7 @@ def say_limits(dataset: Dataset) -> list[str]:  # sentences
         says.append("Every study bleeds: nothing by study tells those that do from those that do not.")
     return [*says, "The paper's figures are RSNA's, and are not set beside this data."]
 
-# %% ../nbs/39b_adopt.ipynb #39-013
+# %% ../nbs/39b_adopt.ipynb #39b-n00
 def blank_row(dataset: Dataset, study: str) -> dict:  # a row of the slice table
     "What is known of a study that is not read."
     patient = dataset.labels.loc[dataset.labels["study"].eq(study), "PatientID"].iloc[0]
@@ -76,8 +76,8 @@ def describe_pixels(
 ) -> dict:  # rows and columns, px; pixel_spacing_row_mm and pixel_spacing_column_mm
     "The pixels of the source, as RSNA's table has them; without a known field of view those of the cache, of no size."
     mm = float(used["pixel_mm"])
-    n = float(used["field_mm"]) / mm
-    n, mm = (round(n), mm) if np.isfinite(n) else (size, np.nan)
+    n = float(used["field_mm"]) / (mm or np.nan)
+    n, mm = (round(n), mm) if np.isfinite(n) and mm > 0 else (size, np.nan)
     return {"rows": n, "columns": n, "pixel_spacing_row_mm": mm, "pixel_spacing_column_mm": mm}
 
 

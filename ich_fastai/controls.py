@@ -7,14 +7,14 @@ __all__ = ['FIELD_MM', 'BONE_HU', 'FAINT', 'HEADER_TAGS', 'SAME_POSITION', 'rela
            'inside_skull', 'find_blobs', 'paint_over', 'true_masks', 'header_scores', 'control_rows', 'choose_patients',
            'network_scores', 'control_table', 'short_table', 'plot_controls', 'plot_painted', 'controls']
 
-# %% ../nbs/23_controls.ipynb #23-003
+# %% ../nbs/23_controls.ipynb #23-n00
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 
-from .core import data_note, read_stage, save_captioned, save_table, stage_file
+from .core import data_note, name_window, read_stage, save_captioned, save_table, stage_file
 from .guard import checked
 from .labels import LABELS, fill_labels, known_labels
 from .dicom import window
@@ -323,7 +323,7 @@ def plot_controls(
     ax.set_title(f"Gray: all pairs of slices; orange: at the same position{note and ', ' + note}")
     return fig
 
-# %% ../nbs/23_controls.ipynb #23-044
+# %% ../nbs/23_controls.ipynb #23-n01
 def plot_painted(
     run_dir: str | Path,
     data_dir: str | Path | None = None,
@@ -351,7 +351,7 @@ def plot_painted(
             ax.imshow(window(x, "brain"), vmin=0, vmax=1)
             ax.set_title(title)
     fig.suptitle(
-        f"{'True bleeding' if truth else 'Dense blobs'} painted over, brain window (40, 80) HU{note and ', ' + note}"
+        f"{'True bleeding' if truth else 'Dense blobs'} painted over, {name_window('brain')}{note and ', ' + note}"
     )
     return fig
 

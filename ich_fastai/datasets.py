@@ -268,7 +268,7 @@ def open_folder(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     studies, reasons = join_files(labels, files, csv)
     return Dataset(facts, "study", labels, studies, partial(read_dicom, files), reasons)
 
-# %% ../nbs/38_datasets.ipynb #38-030
+# %% ../nbs/38_datasets.ipynb #38-n00
 def stack_volume(
     read: Callable[[str], tuple[Volume, list[str]]],  # of a study: its volume, the names of its slices
     study: str,
@@ -288,7 +288,7 @@ def stack_volume(
     stack = stack_slices(read_slice, volume.z_mm[order], look_at(read_slice, len(order)), size, geometry)
     ids, notes = tuple(names[k] for k in order), [volume.note] * bool(volume.note) + stack.notes
     gap = float(np.median(np.diff(stack.z_mm))) if len(order) > 1 else math.nan
-    about = {"study": study, "slices": len(order), "spacing_mm": gap, "pixel_mm": volume.spacing[1]}
+    about = {"study": study, "slices": len(order), "spacing_mm": gap, "pixel_mm": volume.spacing[0]}
     shape = next((x.shape for x in volume.slices if isinstance(x, np.ndarray)), ())
     about["field_mm"] = square_field(shape, volume.spacing[0])
     table = pd.DataFrame([about | {"used": True, "reason": "", "notes": "; ".join(notes)}])

@@ -9,7 +9,7 @@ __all__ = ['CUTS', 'BRAIN_HU', 'FLAT_HU', 'MAP', 'UNTRAINED', 'RANDOM', 'score_s
            'highest_point', 'densest_point', 'is_hit', 'mass_inside', 'pointing_table', 'pointing_words',
            'plot_evidence', 'explain']
 
-# %% ../nbs/24_explain.ipynb #24-003
+# %% ../nbs/24_explain.ipynb #24-n00
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from .core import data_note, read_run_file, read_stage, save_captioned, save_table, stage_file
+from .core import data_note, name_window, read_run_file, read_stage, save_captioned, save_table, stage_file
 from .guard import checked
 from .labels import LABELS, SUBTYPES, known_labels
 from .dicom import window
@@ -139,7 +139,7 @@ def worst_mistakes(
     worst["truth"] = [", ".join(s for s in SUBTYPES if row[s] == 1) or unnamed[row["kind"]] for row in rows]
     return worst[["SOPInstanceUID", "kind", "p", "truth", "mistakes", "among"]]
 
-# %% ../nbs/24_explain.ipynb #24-026
+# %% ../nbs/24_explain.ipynb #24-n01
 def plot_mistakes(
     mistakes: pd.DataFrame,  # as `worst_mistakes` gives it
     cohort: pd.DataFrame,  # index SOPInstanceUID, with `address`
@@ -160,7 +160,7 @@ def plot_mistakes(
     words = {"false alarm": "false alarms: {:,} of {:,} normal slices", "missed": "missed: {:,} of {:,} that bleed"}
     counts = mistakes.drop_duplicates("kind")[["kind", "mistakes", "among"]].itertuples(index=False)
     says = [words[kind].format(*numbers) for kind, *numbers in counts] or ["no call is known to be wrong"]
-    fig.suptitle(f"The surest mistakes, brain window (40, 80) HU{note and ', ' + note}\n{'; '.join(says)}")
+    fig.suptitle(f"The surest mistakes, {name_window('brain')}{note and ', ' + note}\n{'; '.join(says)}")
     return fig
 
 # %% ../nbs/24_explain.ipynb #24-029
@@ -340,7 +340,7 @@ def pointing_words(
     what = f"{n} pairs of a held-out slice and its subtype, {patients} patients"
     return f"{says} and the bleeding (blue). The peak lies in it on {rates[MAP]} of {what}; {others}."
 
-# %% ../nbs/24_explain.ipynb #24-059
+# %% ../nbs/24_explain.ipynb #24-n02
 def plot_evidence(
     evidence: Evidence,  # of a few slices
     note: str = "",  # for the title, say "synthetic data"
@@ -362,7 +362,7 @@ def plot_evidence(
                 ax.contour(image, [0.5], colors=color, linewidths=1.2, extent=(0, 1, 0, 1))
         ax.set(title=evidence.rows["label"].iloc[i], xticks=[], yticks=[])
     found = f", in the bleeding (blue) on {sum(map(is_hit, points, masks))} of these {n}" if masks else ""
-    title = f"Integrated gradients, brain window (40, 80) HU{note and ', ' + note}"
+    title = f"Integrated gradients, {name_window('brain')}{note and ', ' + note}"
     fig.suptitle(f"{title}\norange: evidence over half; cross: its peak{found}")
     return fig
 

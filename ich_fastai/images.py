@@ -222,17 +222,17 @@ def split_frames(dataset) -> list[bytes]:  # an enhanced CT of pydicom
 CT_CLASSES = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.2.1": "enhanced CT"}  # PS3.4, table B.5-1
 CT_CLASSES |= {"1.2.840.10008.5.1.4.1.1.2.2": "legacy converted enhanced CT"}
 NO_SLICE = {"LOCALIZER": "a localizer", "SCOUT": "a localizer", "SCREEN": "a screen save", "DOSE": "a dose report"}
+NO_SLICE |= {"SCREENSAVE": "a screen save", "DOSEREPORT": "a dose report"}
 NO_SLICE |= {"MIP": "a projection", "MINIP": "a projection", "PROJECTION": "a projection", "RENDERED": "a rendering"}
 NO_SLICE |= {"RENDERING": "a rendering", "VRT": "a rendering", "3D": "a rendering", "PRESENTATION": "a picture"}
 NO_HU = ("IODINE", "ZEFF", "EFFECTIVE", "PERFUSION", "CBF", "CBV", "MTT", "TTP", "TMAX", "DENSITY", "MATERIAL")
 
 
 def words(text: str) -> set[str]:
-    "The words of a tag, in capitals; what underscores part is there in parts and joined."
-    both = f"{text.replace('_', '')} {text}".upper()
-    return set("".join(c if c.isalnum() else " " for c in both).split())
+    "The words of a tag, in capitals, joined where an underscore parts them."
+    return set("".join(c if c.isalnum() else " " for c in text.replace("_", "").upper()).split())
 
-# %% ../nbs/15_images.ipynb #15-019
+# %% ../nbs/15_images.ipynb #15-n02
 def refuse_image(tags: dict) -> str:  # of `read_tags`
     "Why an image is no slice in HU; empty where nothing speaks against it."
     said = words(tags["ImageType"])
@@ -249,7 +249,7 @@ def refuse_image(tags: dict) -> str:  # of `read_tags`
         return f"{kinds[0]}: ImageType is {tags['ImageType']}"
     if tags["RescaleType"].upper() not in ("", "HU", "US"):
         return f"not in HU: RescaleType is {tags['RescaleType']}"
-    if said & set(NO_HU):
+    if (said | words(tags["ImageType"].replace("_", " "))) & set(NO_HU):  # CT_PERFUSION too
         return f"not in HU: ImageType is {tags['ImageType']}"
     if tags["BurnedInAnnotation"].upper() == "YES":
         return "text burned into the image: BurnedInAnnotation is YES"

@@ -81,7 +81,7 @@ class Estimate(NamedTuple):
 ROUNDING = 1e-12  # what is smaller is rounding
 SAME = "all draws are equal: the interval is too narrow"
 
-# %% ../nbs/20_metrics.ipynb #20-022
+# %% ../nbs/20_metrics.ipynb #20-n00
 def find_estimate(
     values: np.ndarray,  # (b,) of the data as they are, then of each draw; nan where undefined
     missing: str = "undefined",  # why there is no value, where there is none
@@ -96,7 +96,7 @@ def find_estimate(
         return Estimate(value, why=single or "defined in no draw: no interval")
     low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
     if not low - ROUNDING <= value <= high + ROUNDING:
-        return Estimate(value, why="value outside the draws: no interval")
+        return Estimate(value, why="value outside the interval of its draws: no interval")
     return Estimate(value, low, high, SAME if high - low < ROUNDING else rough)
 
 # %% ../nbs/20_metrics.ipynb #20-025

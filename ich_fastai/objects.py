@@ -6,7 +6,7 @@
 __all__ = ['OURS', 'RESEARCH', 'SIDE', 'PANEL', 'BAR', 'SCHEME', 'check_folder', 'check_folders', 'fix_uid', 'read_whose',
            'stand_for', 'draw_picture', 'tell_study', 'make_capture', 'make_finding', 'make_report', 'write_objects']
 
-# %% ../nbs/33_objects.ipynb #33-003
+# %% ../nbs/33_objects.ipynb #33-n00
 import importlib.util
 import os
 import re
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import InputError, forget_codecs, write_file
+from .core import InputError, forget_codecs, name_window, write_file
 from .labels import LABELS
 from .dicom import WINDOWS, window
 from .model import Model
@@ -131,7 +131,7 @@ def draw_picture(
             pen.text((SIDE + x, BAR + 12 + 22 * k), text, fill="white", font=small)
     return np.asarray(page)
 
-# %% ../nbs/33_objects.ipynb #33-020
+# %% ../nbs/33_objects.ipynb #33-n01
 def tell_study(
     slices: pd.DataFrame,  # of `predict_survey`, readable ones of one study, in order
     card: dict,  # model.json
@@ -153,11 +153,7 @@ def tell_study(
         ("+ called present: at or above the threshold",),
         (f"slice {top + 1} of {len(slices)}{z}: most `any`",),
     ]
-    lines += [
-        (f"brain window ({WINDOWS['brain'].center:.0f}, {WINDOWS['brain'].width:.0f}) HU",),
-        (),
-        (f"ich_fastai {about['versions']['ich_fastai']}",),
-    ]
+    lines += [(name_window("brain"),), (), (f"ich_fastai {about['versions']['ich_fastai']}",)]
     lines += [(about["architecture"],), (f"weights {about['weights_sha256'][:16]}",), ("made from CT by software",)]
     return lines, top
 

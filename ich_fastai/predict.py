@@ -28,17 +28,17 @@ from .images import OTHER
 from .series import Stack, Survey, read_series, survey_files
 from .calibrate import calibrate, order_logits, pool_slices, slice_lengths, to_logits
 
-# %% ../nbs/31_predict.ipynb #31-008
+# %% ../nbs/31_predict.ipynb #31-n00
 def _find_held_out(run_dir: Path) -> tuple[list[str], pd.DataFrame]:
     "The study with the most hemorrhage among those held out: its files below the DICOM folder, its rows by slice."
     rows, files = read_unseen(run_dir), read_stage(run_dir, "slices.parquet")
-    square = files.loc[files["rows"].eq(files["columns"]), "StudyInstanceUID"]
-    rows = rows[rows["StudyInstanceUID"].isin(square)]
+    square = files.loc[files["rows"].eq(files["columns"]), "SOPInstanceUID"]
+    rows = rows[rows["SOPInstanceUID"].isin(square)]
     if rows.empty:
         raise InputError("no held-out study has square slices, which alone are to the network as the cache has them")
     study = rows.groupby("StudyInstanceUID")["any"].sum().idxmax()
     truth = rows[rows["StudyInstanceUID"] == study].set_index("SOPInstanceUID")
-    return files.loc[files["StudyInstanceUID"] == study, "file"].to_list(), truth
+    return files.loc[files["SOPInstanceUID"].isin(truth.index), "file"].to_list(), truth
 
 # %% ../nbs/31_predict.ipynb #31-013
 def find_inputs(

@@ -321,7 +321,7 @@ def render_markdown(
     text = wrap_page(f"ich_fastai: {path.stem}", f'<div class="text">{body}</div>', synthetic=False, home=home)
     return write_file(page, lambda p: p.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/41_report.ipynb #41-051
+# %% ../nbs/41_report.ipynb #41-n00
 def write_site(
     out: str | Path = "site",  # folder of the site
     which: str = "*.ipynb",  # notebooks
@@ -342,6 +342,6 @@ def write_site(
         else:
             render_notebook(path, page, synthetic=path.stem != "00_core", pages=pages)
     shutil.copytree(home / "nbs" / "images", out / "nbs" / "images", dirs_exist_ok=True)
-    for name in ("LICENSE", "CITATION.cff", "docs/study.schema.json", "data/datasets.csv"):
+    for name in ("LICENSE", "CITATION.cff", "docs/study.schema.json", "data/datasets.csv", "data/published.csv"):
         shutil.copy(home / name, out / name)
     return out / "index.html"

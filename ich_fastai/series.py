@@ -95,13 +95,13 @@ def order_images(series: pd.DataFrame) -> tuple[pd.DataFrame, str, bool]:  # the
         return series, "", True
     return series, "nothing tells the order of the slices: each is read without its neighbors", False
 
-# %% ../nbs/30_series.ipynb #30-016
+# %% ../nbs/30_series.ipynb #30-n00
 MIN_SLICES, MIN_MM, MAX_TILT = 8, 80.0, 35.0  # positions; mm; degrees from axial: gantries tilt up to 30
 MAX_NOISE, MAX_BRIGHT = 12.0, 0.04  # HU, at 5 mm thickness; share of the inner skull
 SHARP = re.compile(
     r"BONE|EDGE|LUNG|SHARP|KNOCHEN|\bOSS?E?A?\b|^FC([3-5]|8)\d|^[A-Z]{1,2}([67]\d|8\d|9\d)|^(YC|YD|YE|E|D)$"
 )
-POST = r"\bPOST([ -]?(CON|IV|INJ|KM|GAD)|\W*$)"  # not POST FOSSA, POST OP, POST TPA, POST TRAUMA
+POST = r"\bPOST(CON\w*)?\b(?!\W*(FOSSA|OP|TPA|TRAUMA|SURG|CRANI|EVD|COIL|CLIP|FALL|ICTAL|STROKE))"
 CONTRAST = re.compile(rf"CONTRAST|ANGIO|\bCTA\b|\bCE\b|\bC\+|\+C\b|\bKM\b|{POST}|VENOUS|ARTERIAL|PERFUS")
 PLAIN = re.compile(r"PLAIN|NATIV|NON.?CON|WITHOUT|\bW/?O\b|\bNC\b|\bOHNE\b|\bSANS\b|UNENHANCED|NECT|NCCT|\bPRE(CON|\b)")
 

@@ -39,7 +39,7 @@ from .answer import hash_weights
 from .tables import make_harmless
 from .datasets import CQ500_NAMES, Dataset, check_independent, open_dataset, read_csv
 
-# %% ../nbs/39_validate.ipynb #39-007
+# %% ../nbs/39_validate.ipynb #39-n00
 def check_overlap(
     dataset: Dataset,
     model_dir: str | Path,  # model/ of a run; the run's cohort.parquet may lie beside it
@@ -56,7 +56,8 @@ def check_overlap(
         cohort = read_stage(run_dir, "cohort.parquet")
         uids = pd.concat([cohort["SOPInstanceUID"], cohort["StudyInstanceUID"]])
         pairs = {"slices or studies": ([*dataset.labels.index, *dataset.studies], uids)}
-        if dataset.facts.name in ("folder", "rsna"):  # elsewhere a PatientID is a number that other hospitals have, too
+        own = ("folder", "rsna", "phantom", "")  # elsewhere a PatientID is a number that other hospitals have, too
+        if dataset.facts.name in own and card.get("trained_on", "") in own:
             pairs["patients, by PatientID,"] = dataset.labels["PatientID"], cohort["PatientID"]
         for kind, (here, seen) in pairs.items():
             if both := sorted(({*here} & {*seen}) - {""}):

@@ -7,7 +7,7 @@ __all__ = ['PAGE_KINDS', 'UPRIGHT', 'DARK_COLORS', 'pick_studies', 'gather_pixel
            'pack_maps', 'draw_strip', 'name_edges', 'hash_uid', 'list_unusable', 'render_top', 'fill_template',
            'tell_page', 'render_legend', 'write_viewer', 'write_study_page', 'view_held_out']
 
-# %% ../nbs/32_viewer.ipynb #32-003
+# %% ../nbs/32_viewer.ipynb #32-n00
 import base64
 import gzip
 import hashlib
@@ -22,7 +22,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import InputError, data_note, format_table, read_stage, save_captioned, save_table, write_file
+from ich_fastai.core import (
+    InputError,
+    data_note,
+    format_table,
+    name_window,
+    read_stage,
+    save_captioned,
+    save_table,
+    write_file,
+)
 from .labels import LABELS, LABEL_COLORS, find_dataset
 from .dicom import WINDOWS, plot_row, window
 from .model import Model, load_model
@@ -298,7 +307,7 @@ def write_study_page(
     rows = study.slices.reset_index(drop=True)
     return write_viewer(rows, hu, page, card=model.card, warnings=warnings, show_uids=show_uids, **about)
 
-# %% ../nbs/32_viewer.ipynb #32-049
+# %% ../nbs/32_viewer.ipynb #32-n01
 def view_held_out(
     run_dir: str | Path,  # with model/, predictions.parquet and slices.parquet
     data_dir: str | Path,  # the dataset
@@ -310,8 +319,8 @@ def view_held_out(
     picked = pick_studies(rows, model.card)
     shutil.rmtree(run_dir / "viewer", ignore_errors=True)  # of an earlier run
     for name, study in picked["StudyInstanceUID"].items():
-        paths = [dicom_dir / file for file in table.loc[table["StudyInstanceUID"] == study, "file"]]
         truth = rows[rows["StudyInstanceUID"] == study].set_index("SOPInstanceUID")
+        paths = [dicom_dir / file for file in table.loc[table["SOPInstanceUID"].isin(truth.index), "file"]]
         slices, hu, lies, _ = see_pixels(model, paths, all_series=True)
         page = run_dir / "viewer" / f"{name}.html"
         write_viewer(slices, hu, page, card=model.card, truth=truth, orientation=lies, note=note)
@@ -322,6 +331,6 @@ def view_held_out(
     done["page"] = "viewer/" + done["page"] + ".html"
     save_table(done, run_dir / "tables" / "viewer.csv")
     caption = "The slice of each study with the largest probability of any hemorrhage; that, and the study's. "
-    caption += "Brain window (40, 80) HU."
+    caption += f"{name_window('brain').capitalize()}."
     save_captioned({"viewer.png": (plot_row(pictures), caption)}, run_dir, note)
     return done

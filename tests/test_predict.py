@@ -13,6 +13,7 @@ from ich_fastai.calibrate import calibrate, fit_decisions, score_levels
 from ich_fastai.evaluate import evaluate
 from ich_fastai.core import InputError, read_stage, save_table
 from ich_fastai.deliver import ich_predict
+from ich_fastai.viewer import view_held_out
 from ich_fastai.labels import LABELS, LOGITS
 from ich_fastai.model import load_model
 from ich_fastai.cache import Cache
@@ -216,6 +217,15 @@ def test_without_a_square_study_to_show_one_line_says_so(trained, tmp_path):
     save_table(table.assign(columns=table["rows"] + 1), tmp_path / "run" / "slices.parquet")
     with pytest.raises(InputError, match="no held-out study has square slices"):
         predict_held_out(tmp_path / "run", tiny_phantom())
+
+
+def test_held_out_studies_are_found_without_a_study_uid(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    save_table(read_stage(run, "slices.parquet").assign(StudyInstanceUID=""), run / "slices.parquet")
+    rows = read_stage(run, "predictions.parquet")
+    rows["StudyInstanceUID"] = "no StudyInstanceUID: " + rows["PatientID"]
+    save_table(rows, run / "predictions.parquet")
+    assert len(predict_held_out(run, tiny_phantom())) and len(view_held_out(run, tiny_phantom()))
 
 
 def test_a_series_that_is_asked_for_is_the_answer(trained, export, tmp_path, capsys):

@@ -70,6 +70,7 @@ def test_each_series_is_used_or_has_its_reason(survey, export, name):
 PLAIN = ["AXIAL POST FOSSA 2.5", "POST OP HEAD", "HEAD POST TPA", "POST TRAUMA", "POSTERIOR FOSSA", "CTA PRE CONTRAST"]
 PLAIN += ["HEAD PRECONTRAST", "NON CONTRAST HEAD", "HEAD W/O CONTRAST", "PREOP HEAD"]
 ENHANCED = ["CTA COW PREVIEW", "CT ANGIO (PRESET 2)", "HEAD W CONTRAST COMPRESSED", "AX POST-CON", "HEAD POST KM"]
+ENHANCED += ["HEAD POST 5.0", "AXIAL POST 5.0 H31S", "POST C 5MM", "BRAIN POST 3MM", "AX POST STD"]
 ENHANCED += ["POST GAD", "POST INJ 5.0", "POSTCONTRAST", "AXIAL POST", "CT PERFUSION"]
 
 
@@ -318,6 +319,7 @@ def test_what_is_not_hu_is_refused(tags, why):
         ({"ImageType": "DERIVED PRIMARY ELECTRON_DENSITY"}, "not in HU: ImageType is DERIVED PRIMARY ELECTRON_DENSITY"),
         ({"ImageType": "DERIVED SECONDARY SCREEN_SAVE"}, "a screen save: ImageType is DERIVED SECONDARY SCREEN_SAVE"),
         ({"RescaleType": "HU_MOD"}, "not in HU: RescaleType is HU_MOD"),
+        ({"ImageType": "ORIGINAL PRIMARY AXIAL LOW_DOSE STD_3D"}, ""),
     ],
 )
 def test_a_tag_refuses_an_image(tags, why):
