@@ -51,7 +51,7 @@ def say_limits(dataset: Dataset) -> list[str]:  # sentences
         says.append("Every study bleeds: nothing by study tells those that do from those that do not.")
     return [*says, "The paper's figures are RSNA's, and are not set beside this data."]
 
-# %% ../nbs/39b_adopt.ipynb #39b-n00
+# %% ../nbs/39b_adopt.ipynb #39-013
 def blank_row(dataset: Dataset, study: str) -> dict:  # a row of the slice table
     "What is known of a study that is not read."
     patient = dataset.labels.loc[dataset.labels["study"].eq(study), "PatientID"].iloc[0]

@@ -53,7 +53,7 @@ def order_logits(
     "The logits with that of `any` at least as high as each of the five."
     return np.c_[x[:, :-1], x.max(axis=1, initial=-np.inf)]
 
-# %% ../nbs/21_calibrate.ipynb #21-n01
+# %% ../nbs/21_calibrate.ipynb #21-019
 PRIOR_PATIENTS = 5  # chosen in the simulation below
 
 

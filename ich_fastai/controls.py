@@ -7,7 +7,7 @@ __all__ = ['FIELD_MM', 'BONE_HU', 'FAINT', 'HEADER_TAGS', 'SAME_POSITION', 'rela
            'inside_skull', 'find_blobs', 'paint_over', 'true_masks', 'header_scores', 'control_rows', 'choose_patients',
            'network_scores', 'control_table', 'short_table', 'plot_controls', 'plot_painted', 'controls']
 
-# %% ../nbs/23_controls.ipynb #23-n00
+# %% ../nbs/23_controls.ipynb #23-003
 from pathlib import Path
 
 import cv2
@@ -323,7 +323,7 @@ def plot_controls(
     ax.set_title(f"Gray: all pairs of slices; orange: at the same position{note and ', ' + note}")
     return fig
 
-# %% ../nbs/23_controls.ipynb #23-n01
+# %% ../nbs/23_controls.ipynb #23-044
 def plot_painted(
     run_dir: str | Path,
     data_dir: str | Path | None = None,

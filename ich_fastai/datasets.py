@@ -268,7 +268,7 @@ def open_folder(folder: Path, csv: Path | None, facts: pd.Series) -> Dataset:
     studies, reasons = join_files(labels, files, csv)
     return Dataset(facts, "study", labels, studies, partial(read_dicom, files), reasons)
 
-# %% ../nbs/38_datasets.ipynb #38-n00
+# %% ../nbs/38_datasets.ipynb #38-030
 def stack_volume(
     read: Callable[[str], tuple[Volume, list[str]]],  # of a study: its volume, the names of its slices
     study: str,

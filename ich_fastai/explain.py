@@ -9,7 +9,7 @@ __all__ = ['CUTS', 'BRAIN_HU', 'FLAT_HU', 'MAP', 'UNTRAINED', 'RANDOM', 'score_s
            'highest_point', 'densest_point', 'is_hit', 'mass_inside', 'pointing_table', 'pointing_words',
            'plot_evidence', 'explain']
 
-# %% ../nbs/24_explain.ipynb #24-n00
+# %% ../nbs/24_explain.ipynb #24-003
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,7 +139,7 @@ def worst_mistakes(
     worst["truth"] = [", ".join(s for s in SUBTYPES if row[s] == 1) or unnamed[row["kind"]] for row in rows]
     return worst[["SOPInstanceUID", "kind", "p", "truth", "mistakes", "among"]]
 
-# %% ../nbs/24_explain.ipynb #24-n01
+# %% ../nbs/24_explain.ipynb #24-026
 def plot_mistakes(
     mistakes: pd.DataFrame,  # as `worst_mistakes` gives it
     cohort: pd.DataFrame,  # index SOPInstanceUID, with `address`
@@ -340,7 +340,7 @@ def pointing_words(
     what = f"{n} pairs of a held-out slice and its subtype, {patients} patients"
     return f"{says} and the bleeding (blue). The peak lies in it on {rates[MAP]} of {what}; {others}."
 
-# %% ../nbs/24_explain.ipynb #24-n02
+# %% ../nbs/24_explain.ipynb #24-059
 def plot_evidence(
     evidence: Evidence,  # of a few slices
     note: str = "",  # for the title, say "synthetic data"

@@ -6,7 +6,7 @@
 __all__ = ['RANGES', 'LISTS', 'show_value', 'check_ranges', 'checked', 'hold_folder', 'make_scratch', 'import_gdcm',
            'sum_modules']
 
-# %% ../nbs/00c_guard.ipynb #00c-n00
+# %% ../nbs/00c_guard.ipynb #00-002
 import functools
 import inspect
 import re
@@ -151,7 +151,7 @@ def import_gdcm() -> None:
         for name, module in hidden.items():
             modules.pop(name) if module is sys else modules.update({name: module})
 
-# %% ../nbs/00c_guard.ipynb #00c-n02
+# %% ../nbs/00c_guard.ipynb #00-025
 def sum_modules(
     *names: str,  # modules of this package
 ) -> str:  # of their source and of that of all modules of this package that they import

@@ -218,7 +218,7 @@ def split_frames(dataset) -> list[bytes]:  # an enhanced CT of pydicom
             files.append(out.getvalue())
     return files
 
-# %% ../nbs/15_images.ipynb #15-n00
+# %% ../nbs/15_images.ipynb #15-017
 CT_CLASSES = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.2.1": "enhanced CT"}  # PS3.4, table B.5-1
 CT_CLASSES |= {"1.2.840.10008.5.1.4.1.1.2.2": "legacy converted enhanced CT"}
 NO_SLICE = {"LOCALIZER": "a localizer", "SCOUT": "a localizer", "SCREEN": "a screen save", "DOSE": "a dose report"}
@@ -232,7 +232,7 @@ def words(text: str) -> set[str]:
     "The words of a tag, in capitals, joined where an underscore parts them."
     return set("".join(c if c.isalnum() else " " for c in text.replace("_", "").upper()).split())
 
-# %% ../nbs/15_images.ipynb #15-n02
+# %% ../nbs/15_images.ipynb #15-019
 def refuse_image(tags: dict) -> str:  # of `read_tags`
     "Why an image is no slice in HU; empty where nothing speaks against it."
     said = words(tags["ImageType"])

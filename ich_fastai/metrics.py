@@ -81,7 +81,7 @@ class Estimate(NamedTuple):
 ROUNDING = 1e-12  # what is smaller is rounding
 SAME = "all draws are equal: the interval is too narrow"
 
-# %% ../nbs/20_metrics.ipynb #20-n00
+# %% ../nbs/20_metrics.ipynb #20-022
 def find_estimate(
     values: np.ndarray,  # (b,) of the data as they are, then of each draw; nan where undefined
     missing: str = "undefined",  # why there is no value, where there is none

@@ -6,7 +6,7 @@
 __all__ = ['OURS', 'RESEARCH', 'SIDE', 'PANEL', 'BAR', 'SCHEME', 'check_folder', 'check_folders', 'fix_uid', 'read_whose',
            'stand_for', 'draw_picture', 'tell_study', 'make_capture', 'make_finding', 'make_report', 'write_objects']
 
-# %% ../nbs/33_objects.ipynb #33-n00
+# %% ../nbs/33_objects.ipynb #33-003
 import importlib.util
 import os
 import re
@@ -131,7 +131,7 @@ def draw_picture(
             pen.text((SIDE + x, BAR + 12 + 22 * k), text, fill="white", font=small)
     return np.asarray(page)
 
-# %% ../nbs/33_objects.ipynb #33-n01
+# %% ../nbs/33_objects.ipynb #33-020
 def tell_study(
     slices: pd.DataFrame,  # of `predict_survey`, readable ones of one study, in order
     card: dict,  # model.json

@@ -28,7 +28,7 @@ from .images import OTHER
 from .series import Stack, Survey, read_series, survey_files
 from .calibrate import calibrate, order_logits, pool_slices, slice_lengths, to_logits
 
-# %% ../nbs/31_predict.ipynb #31-n00
+# %% ../nbs/31_predict.ipynb #31-008
 def _find_held_out(run_dir: Path) -> tuple[list[str], pd.DataFrame]:
     "The study with the most hemorrhage among those held out: its files below the DICOM folder, its rows by slice."
     rows, files = read_unseen(run_dir), read_stage(run_dir, "slices.parquet")

@@ -321,7 +321,7 @@ def render_markdown(
     text = wrap_page(f"ich_fastai: {path.stem}", f'<div class="text">{body}</div>', synthetic=False, home=home)
     return write_file(page, lambda p: p.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/41_report.ipynb #41-n00
+# %% ../nbs/41_report.ipynb #41-051
 def write_site(
     out: str | Path = "site",  # folder of the site
     which: str = "*.ipynb",  # notebooks

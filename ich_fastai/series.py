@@ -95,7 +95,7 @@ def order_images(series: pd.DataFrame) -> tuple[pd.DataFrame, str, bool]:  # the
         return series, "", True
     return series, "nothing tells the order of the slices: each is read without its neighbors", False
 
-# %% ../nbs/30_series.ipynb #30-n00
+# %% ../nbs/30_series.ipynb #30-016
 MIN_SLICES, MIN_MM, MAX_TILT = 8, 80.0, 35.0  # positions; mm; degrees from axial: gantries tilt up to 30
 MAX_NOISE, MAX_BRIGHT = 12.0, 0.04  # HU, at 5 mm thickness; share of the inner skull
 SHARP = re.compile(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tiny_phantom', 'tiny_sources', 'tiny_cohort', 'tiny_run', 'tiny_model', 'simulate_scores']
 
-# %% ../nbs/90_tiny.ipynb #90-n00
+# %% ../nbs/90_tiny.ipynb #90-002
 import shutil
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .phantom import is_phantom, make_phantom
 from .ingest import ingest
 from .cohort import make_cohort
 
-# %% ../nbs/90_tiny.ipynb #90-010
+# %% ../nbs/90_tiny.ipynb #90-007
 def tiny_phantom(
     folder: str | Path = "",  # "" for runs/tiny/phantom in the project
 ) -> Path:  # the dataset's folder
@@ -35,7 +35,7 @@ def tiny_phantom(
         made.write_text(now)
     return home
 
-# %% ../nbs/90_tiny.ipynb #90-013
+# %% ../nbs/90_tiny.ipynb #90-010
 def tiny_sources() -> Path:  # run_dir
     "The tiny phantom's run folder, runs/tiny/run, with labels.parquet, slices.parquet and cache, made when missing."
     data_dir, run_dir = tiny_phantom(), project_dir() / "runs" / "tiny" / "run"
@@ -50,7 +50,7 @@ def tiny_sources() -> Path:  # run_dir
             made.write_text(now)
     return run_dir
 
-# %% ../nbs/90_tiny.ipynb #90-016
+# %% ../nbs/90_tiny.ipynb #90-013
 def tiny_cohort() -> Path:  # run_dir
     "The run folder of `tiny_sources` with cohort.parquet, made when missing."
     run_dir = tiny_sources()
@@ -59,7 +59,7 @@ def tiny_cohort() -> Path:  # run_dir
             make_cohort(run_dir)
     return run_dir
 
-# %% ../nbs/90_tiny.ipynb #90-021
+# %% ../nbs/90_tiny.ipynb #90-018
 def tiny_run() -> Path:  # run_dir
     "The run folder of `tiny_cohort` with a model and its predictions, made when missing."
     run_dir = tiny_cohort()
@@ -71,7 +71,7 @@ def tiny_run() -> Path:  # run_dir
             fit(run_dir, Settings(image_size=64, epochs=2))
     return run_dir
 
-# %% ../nbs/90_tiny.ipynb #90-025
+# %% ../nbs/90_tiny.ipynb #90-022
 def tiny_model() -> Path:  # run_dir
     "The run folder of `tiny_run` with corrections and thresholds in its model, made when missing."
     run_dir = tiny_run()
@@ -82,7 +82,7 @@ def tiny_model() -> Path:  # run_dir
             evaluate(run_dir, tiny_phantom(), n_boot=20)
     return run_dir
 
-# %% ../nbs/90_tiny.ipynb #90-028
+# %% ../nbs/90_tiny.ipynb #90-025
 def simulate_scores(
     n: int = 400,  # slices
     n_patients: int = 60,

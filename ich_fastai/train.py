@@ -6,7 +6,7 @@
 __all__ = ['SLICE', 'SLICES_A_PROCESS', 'fingerprint', 'predict_batches', 'Fold', 'fit_fold', 'count_processes', 'average_folds',
            'fit', 'plot_history', 'train']
 
-# %% ../nbs/12_train.ipynb #12-n00
+# %% ../nbs/12_train.ipynb #12-002
 import hashlib
 import json
 import os
@@ -37,7 +37,7 @@ from .model import NEVER, Average, loss_weights, make_card, make_loss, save_mode
 from .learner import AverageWeights, Checkpoint, FollowEpochs, Journal, ShardedTrainer, StopOnNonFinite
 from .learner import gather_rows, make_learner
 
-# %% ../nbs/12_train.ipynb #12-n01
+# %% ../nbs/12_train.ipynb #12-007
 def _train(learner: Learner, settings: Settings) -> tuple[torch.nn.Module, np.ndarray]:
     "The network that is kept and what it says of the held-out slices; from the checkpoint on, on a CPU on one thread."
     start, device = learner.checkpoint.resume(), learner.dls.device
@@ -59,7 +59,7 @@ def _train(learner: Learner, settings: Settings) -> tuple[torch.nn.Module, np.nd
         sizes = f"batch_size={settings.batch_size}, image_size={settings.image_size}"
         raise InputError(f"out of memory on {device} with {sizes}: lower one of them") from e
 
-# %% ../nbs/12_train.ipynb #12-n02
+# %% ../nbs/12_train.ipynb #12-008
 SLICE = ["SOPInstanceUID", "crc32", *NEIGHBORS, *LABELS]  # columns: its pixels, where its neighbors lie, its labels
 
 
@@ -95,7 +95,7 @@ def _prediction_table(rows: pd.DataFrame, logits: np.ndarray, keep_rate: float) 
     table[LOGITS] = logits.astype(np.float32)
     return table.assign(keep_rate=keep_rate)
 
-# %% ../nbs/12_train.ipynb #12-n03
+# %% ../nbs/12_train.ipynb #12-015
 class Fold(NamedTuple):
     "What comes of one fold."
 

@@ -39,7 +39,7 @@ from .answer import hash_weights
 from .tables import make_harmless
 from .datasets import CQ500_NAMES, Dataset, check_independent, open_dataset, read_csv
 
-# %% ../nbs/39_validate.ipynb #39-n00
+# %% ../nbs/39_validate.ipynb #39-007
 def check_overlap(
     dataset: Dataset,
     model_dir: str | Path,  # model/ of a run; the run's cohort.parquet may lie beside it

@@ -7,7 +7,7 @@ __all__ = ['PAGE_KINDS', 'UPRIGHT', 'DARK_COLORS', 'pick_studies', 'gather_pixel
            'pack_maps', 'draw_strip', 'name_edges', 'hash_uid', 'list_unusable', 'render_top', 'fill_template',
            'tell_page', 'render_legend', 'write_viewer', 'write_study_page', 'view_held_out']
 
-# %% ../nbs/32_viewer.ipynb #32-n00
+# %% ../nbs/32_viewer.ipynb #32-003
 import base64
 import gzip
 import hashlib
@@ -307,7 +307,7 @@ def write_study_page(
     rows = study.slices.reset_index(drop=True)
     return write_viewer(rows, hu, page, card=model.card, warnings=warnings, show_uids=show_uids, **about)
 
-# %% ../nbs/32_viewer.ipynb #32-n01
+# %% ../nbs/32_viewer.ipynb #32-049
 def view_held_out(
     run_dir: str | Path,  # with model/, predictions.parquet and slices.parquet
     data_dir: str | Path,  # the dataset

@@ -317,6 +317,9 @@ def test_a_number_that_two_hospitals_give_is_no_overlap(layouts, model_dir, tmp_
         rows.assign(PatientID=patient).to_parquet(run_dir / "cohort.parquet")
         labels = data.labels.assign(PatientID=patient)
         check_overlap(replace(data, labels=labels, studies=[]), run_dir / "model", {"trained_on": "phantom"})
+    labels = data.labels.assign(PatientID="0001")
+    rows.assign(PatientID="0001").to_parquet(run_dir / "cohort.parquet")
+    check_overlap(replace(data, labels=labels, studies=[]), run_dir / "model", {"trained_on": "phe_sich"})
 
 
 def test_what_is_missing_is_a_reason_and_a_vendor_stands_beside_on_the_same_studies(validated):
