@@ -96,7 +96,7 @@ def find_estimate(
         return Estimate(value, why=single or "defined in no draw: no interval")
     low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
     if not low - ROUNDING <= value <= high + ROUNDING:
-        return Estimate(value, why="value outside the interval of its draws: no interval")
+        return Estimate(value, why="value outside its draws: no interval")
     return Estimate(value, low, high, SAME if high - low < ROUNDING else rough)
 
 # %% ../nbs/20_metrics.ipynb #20-025

@@ -56,8 +56,7 @@ def check_overlap(
         cohort = read_stage(run_dir, "cohort.parquet")
         uids = pd.concat([cohort["SOPInstanceUID"], cohort["StudyInstanceUID"]])
         pairs = {"slices or studies": ([*dataset.labels.index, *dataset.studies], uids)}
-        own = ("folder", "rsna", "phantom", "")  # elsewhere a PatientID is a number that other hospitals have, too
-        if dataset.facts.name in own and card.get("trained_on", "") in own:
+        if {dataset.facts.name, card.get("trained_on", "")} <= {"folder", "rsna", "phantom", ""}:  # elsewhere: numbers
             pairs["patients, by PatientID,"] = dataset.labels["PatientID"], cohort["PatientID"]
         for kind, (here, seen) in pairs.items():
             if both := sorted(({*here} & {*seen}) - {""}):
