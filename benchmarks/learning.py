@@ -234,6 +234,7 @@ def draw_curve(found):
             ax.fill_between(seen, auc.min(1), auc.max(1), color=color, alpha=0.2, lw=0)
     ax.set(xscale="log", xlabel="images seen", ylabel="AUC of any", title="100 synthetic patients that no network saw")
     ax.set_xticks([500, 1000, 2000, 4000], ["500", "1,000", "2,000", "4,000"])
+    ax.minorticks_off()
     ax.legend(loc="lower right")
     save_figure(fig, Path(__file__).with_name("learning.svg"))
 
