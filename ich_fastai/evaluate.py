@@ -18,7 +18,6 @@ import pandas as pd
 from .core import data_note, read_stage, save_captioned, save_json, save_table
 from .guard import checked
 from .labels import LABELS, LABEL_COLORS, LOGITS, SUBTYPES
-from .model import WEIGHTS
 from .metrics import ESTIMATE, Estimate, adaptive_bins, draw_patients, find_estimate
 from .metrics import metrics_table, weighted_ratio
 from .metrics import weighted_log_loss  # noqa: F401  a public name here, like metrics_table
@@ -289,7 +288,7 @@ def model_folds(
     card: dict,  # model.json
 ) -> list[dict]:  # the facts of the fold that each of its networks has not seen
     "The folds whose held-out patients speak of this model; one of an earlier version holds the first network alone."
-    return card["training"]["folds"][: len(card.get("networks", [WEIGHTS]))]
+    return card["training"]["folds"][: len(card.get("networks", [""]))]
 
 # %% ../nbs/22_evaluate.ipynb #22-046
 def delivered_table(

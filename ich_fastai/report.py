@@ -342,6 +342,7 @@ def write_site(
         else:
             render_notebook(path, page, synthetic=path.stem != "00_core", pages=pages)
     shutil.copytree(home / "nbs" / "images", out / "nbs" / "images", dirs_exist_ok=True)
-    for name in ("LICENSE", "CITATION.cff", "docs/study.schema.json", "data/datasets.csv", "data/published.csv"):
+    tables = ("data/datasets.csv", "data/published.csv")
+    for name in ("LICENSE", "CITATION.cff", "docs/study.schema.json", "benchmarks/learning.svg", *tables):
         shutil.copy(home / name, out / name)
     return out / "index.html"
