@@ -33,9 +33,7 @@ from .series import Stack, look_at, read_series, stack_slices, survey_study
 from .predict import SERIES_COLUMNS
 
 # %% ../nbs/38_datasets.ipynb #38-006
-def read_datasets() -> (
-    pd.DataFrame
-):  # index name; title, get, terms, layout, labels, level, independent, hu, note, traps: str
+def read_datasets() -> pd.DataFrame:  # index name; columns of str: title, get, terms, layout, labels, level, ...
     "What is known of each dataset."
     path = project_dir() / "data" / "datasets.csv"
     return pd.read_csv(path, comment="#", index_col="name", dtype=str).fillna("")

@@ -147,7 +147,7 @@ def reliability_table(
                 rows += [named | row for row in _bin_rows(d.y[:, k], getattr(d, kind)[:, k], patient, draws, n_bins)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_evaluate.ipynb #22-027
+# %% ../nbs/22_evaluate.ipynb #22-028
 def draw_reliability(
     ax,  # matplotlib Axes
     rows: pd.DataFrame,  # of `reliability_table`: of one level, label and kind of probabilities
@@ -159,7 +159,7 @@ def draw_reliability(
     ends = [end.astype(float).clip(lower=0).fillna(0) for end in ends]
     ax.errorbar(rows["predicted"], rows["observed"], ends, color=color, lw=1.2, marker="o", ms=3, label=label)
 
-# %% ../nbs/22_evaluate.ipynb #22-028
+# %% ../nbs/22_evaluate.ipynb #22-029
 def plot_reliability(
     table: pd.DataFrame,  # as `reliability_table` gives it
     note: str = "",  # for the title, say "synthetic data"
@@ -190,7 +190,7 @@ def plot_reliability(
     )
     return fig
 
-# %% ../nbs/22_evaluate.ipynb #22-031
+# %% ../nbs/22_evaluate.ipynb #22-032
 def _count_calls(y: np.ndarray, called: np.ndarray, known: np.ndarray) -> dict[str, tuple]:
     "Of each share: what is counted, among what, and why there is none; `known`: slices that have a threshold."
     yes, no, called, passed = y & known, (1 - y) & known, called & known, ~called & known
@@ -203,7 +203,7 @@ def _count_calls(y: np.ndarray, called: np.ndarray, known: np.ndarray) -> dict[s
     nothing = "no threshold: no positive among the patients to choose it on, or no other patients"
     return shares if known.any() else {metric: (*counts, nothing) for metric, (*counts, _) in shares.items()}
 
-# %% ../nbs/22_evaluate.ipynb #22-033
+# %% ../nbs/22_evaluate.ipynb #22-034
 def threshold_table(
     levels: dict[str, Level],  # of `score_levels`
     sensitivity: float,  # that was wanted
@@ -227,7 +227,7 @@ def threshold_table(
     columns = ["level", "label", "metric", "wanted", *ESTIMATE, "threshold_low", "threshold_high"]
     return pd.DataFrame(rows, columns=[*columns, "n", "n_positive", "prevalence"])
 
-# %% ../nbs/22_evaluate.ipynb #22-036
+# %% ../nbs/22_evaluate.ipynb #22-037
 def coverage_table(
     levels: dict[str, Level],  # of `score_levels`
     coverage: float,  # that was wanted
@@ -254,7 +254,7 @@ def coverage_table(
     columns = ["level", "label", "truth", "metric", "wanted", *ESTIMATE, "n", "n_patients", "prevalence"]
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../nbs/22_evaluate.ipynb #22-039
+# %% ../nbs/22_evaluate.ipynb #22-040
 HEADLINES = {
     "any, AUC by slice": ("slice", "any", "auc"),
     "any, AUC by study": ("study", "any", "auc"),
@@ -265,7 +265,7 @@ HEADLINES = {
     "weighted log loss": ("slice", "all", "weighted_log_loss"),
 } | {f"{label}, AUC": ("slice", label, "auc") for label in SUBTYPES}
 
-# %% ../nbs/22_evaluate.ipynb #22-040
+# %% ../nbs/22_evaluate.ipynb #22-041
 def headline_table(
     metrics: pd.DataFrame,  # metrics.csv
     alone: Sequence[pd.DataFrame] = (),  # the same of each network by itself, where the model is a mean of several
@@ -283,14 +283,14 @@ def headline_table(
     columns = ["result", "value (95% interval)", "networks alone", "n", "patients", "prevalence"]
     return pd.DataFrame(rows, columns=columns).drop(columns=[] if len(each) > 1 else "networks alone")
 
-# %% ../nbs/22_evaluate.ipynb #22-043
+# %% ../nbs/22_evaluate.ipynb #22-044
 def model_folds(
     card: dict,  # model.json
 ) -> list[dict]:  # the facts of the fold that each of its networks has not seen
     "The folds whose held-out patients speak of this model; one of an earlier version holds the first network alone."
     return card["training"]["folds"][: len(card.get("networks", [""]))]
 
-# %% ../nbs/22_evaluate.ipynb #22-046
+# %% ../nbs/22_evaluate.ipynb #22-047
 def delivered_table(
     levels: dict[str, Level],  # of `score_levels`
     folds: Sequence[int],  # of the model's networks
@@ -315,7 +315,7 @@ def delivered_table(
             rows.append((level, label, *found, largest, len(y), draws.shape[1], y.mean() if len(y) else None))
     return pd.DataFrame(rows, columns=["level", "label", *ESTIMATE, "largest", "n", "n_patients", "prevalence"])
 
-# %% ../nbs/22_evaluate.ipynb #22-047
+# %% ../nbs/22_evaluate.ipynb #22-048
 def update_model(
     run_dir: str | Path,  # with model/model.json
     levels: dict[str, Level],  # of `score_levels`
@@ -346,7 +346,7 @@ def update_model(
     save_json(card, Path(run_dir) / "model" / "model.json", checked=True)
     return card
 
-# %% ../nbs/22_evaluate.ipynb #22-051
+# %% ../nbs/22_evaluate.ipynb #22-052
 @checked
 def evaluate(
     run_dir: str | Path,  # with predictions.parquet and model/

@@ -241,7 +241,7 @@ def make_finding(
         source_images=_find_sources(called) or None,
     )
 
-# %% ../nbs/33_objects.ipynb #33-030
+# %% ../nbs/33_objects.ipynb #33-031
 def make_report(
     slices: pd.DataFrame,  # of `predict_survey`, readable ones of one study
     stands: dict,  # index of a slice: its `stand_for`
@@ -271,7 +271,7 @@ def make_report(
     how["coding_schemes"] = [CodingSchemeIdentificationItem(SCHEME, name="ich_fastai, codes without a standard one")]
     return sr.ComprehensiveSR(evidence, report[0], **how)
 
-# %% ../nbs/33_objects.ipynb #33-032
+# %% ../nbs/33_objects.ipynb #33-034
 def write_objects(
     model: Model,
     study: Study,  # with pixels

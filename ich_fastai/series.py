@@ -126,7 +126,7 @@ def refuse_extent(series: pd.DataFrame, z_span: float) -> str:  # ordered images
         return f"covers {z_span:.0f} mm: a head needs {MIN_MM:.0f} or more"
     return ""
 
-# %% ../nbs/30_series.ipynb #30-020
+# %% ../nbs/30_series.ipynb #30-021
 class Sight(NamedTuple):
     "What the sampled slices of a series show."
 
@@ -139,7 +139,7 @@ class Sight(NamedTuple):
     cut: float = 0.0  # share of these in which the head reaches the image's border
     why: str = ""  # the first slice that could not be read: its reason
 
-# %% ../nbs/30_series.ipynb #30-021
+# %% ../nbs/30_series.ipynb #30-022
 def read_upright(
     image,  # a row of `read_images`, as a named tuple
     decoder: Decoder,
@@ -151,7 +151,7 @@ def read_upright(
     transposed = find_turn(image.ImageOrientationPatient)[0]
     return stand_upright(hu, image.ImageOrientationPatient), spacing[::-1] if transposed else spacing
 
-# %% ../nbs/30_series.ipynb #30-022
+# %% ../nbs/30_series.ipynb #30-023
 def look_at(
     read: Callable[[int], tuple[np.ndarray, tuple[float, float]]],  # of the k-th image, what `read_upright` gives
     n: int,  # images, in order
@@ -177,7 +177,7 @@ def _reader(series: pd.DataFrame, decoder: Decoder):  # ordered images: what rea
     rows = list(series.itertuples())
     return lambda k: read_upright(rows[k], decoder)
 
-# %% ../nbs/30_series.ipynb #30-025
+# %% ../nbs/30_series.ipynb #30-026
 def refuse_sight(series: pd.DataFrame, sight: Sight, thickness: float) -> str:  # ordered images; mm, or NaN
     "Why what a series shows, or says that it shows, is no plain head; empty where it is."
     first = series.iloc[0]
@@ -200,7 +200,7 @@ def refuse_sight(series: pd.DataFrame, sight: Sight, thickness: float) -> str:  
         return f"{100 * sight.bright:.0f}% of the brain is bright, as by contrast"
     return ""
 
-# %% ../nbs/30_series.ipynb #30-028
+# %% ../nbs/30_series.ipynb #30-029
 def describe_series(series: pd.DataFrame, decoder: Decoder) -> dict:  # usable images of one time point
     "A row of the series table; `reason` is empty where nothing speaks against it."
     series, note, ordered = order_images(series)
@@ -223,7 +223,7 @@ def describe_series(series: pd.DataFrame, decoder: Decoder) -> dict:  # usable i
     row |= {"reason": reason, "notes": "; ".join(notes), "ordered": ordered, "made": made, "images": series.index}
     return row | {"description": first["SeriesDescription"], "kernel": first["ConvolutionKernel"]}
 
-# %% ../nbs/30_series.ipynb #30-029
+# %% ../nbs/30_series.ipynb #30-030
 def tabulate_series(
     images: pd.DataFrame,  # with study and series; `error` gains reasons
     decoder: Decoder | None = None,  # one that lives longer
@@ -253,7 +253,7 @@ def tabulate_series(
                 rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/30_series.ipynb #30-031
+# %% ../nbs/30_series.ipynb #30-032
 def choose_series(
     table: pd.DataFrame,  # of `tabulate_series`
     geometry: Geometry | None = None,  # of the training
@@ -277,7 +277,7 @@ def choose_series(
         table.loc[i, "reason"] = "usable; another series comes first"
     return table
 
-# %% ../nbs/30_series.ipynb #30-034
+# %% ../nbs/30_series.ipynb #30-035
 def _number(value, digits: int = 1) -> str:
     return f"{value:.{digits}f}" if pd.notna(value) and math.isfinite(value) else "-"
 
@@ -305,7 +305,7 @@ def format_series(
             ]
     return "\n".join(lines[1:])
 
-# %% ../nbs/30_series.ipynb #30-036
+# %% ../nbs/30_series.ipynb #30-037
 class Survey(NamedTuple):
     "What was found in an export."
 
@@ -347,7 +347,7 @@ def survey_files(
     check_wanted(wanted, survey.series.loc[survey.series["images"].map(len).gt(0), "uid"])
     return survey
 
-# %% ../nbs/30_series.ipynb #30-039
+# %% ../nbs/30_series.ipynb #30-040
 class Stack(NamedTuple):
     "A series as the network sees it."
 
@@ -359,7 +359,7 @@ class Stack(NamedTuple):
     z_mm: np.ndarray = np.empty(0)  # (n,) of each image; NaN where unknown
     ids: tuple[str, ...] = ()  # (n,) SOPInstanceUID
 
-# %% ../nbs/30_series.ipynb #30-040
+# %% ../nbs/30_series.ipynb #30-041
 def stack_slices(
     read: Callable[[int], tuple[np.ndarray, tuple[float, float]]],  # as `look_at` has it
     z_mm: np.ndarray,  # (n,) mm, in order; NaN where unknown
@@ -389,7 +389,7 @@ def stack_slices(
     thin = [f"{len(good)} thin slices averaged to {len(stack)}"] if len(stack) < len(good) else []
     return Stack(stack, slab, step if ordered else 0, errors, [*sorted(notes)[:1], *thin], z_mm)
 
-# %% ../nbs/30_series.ipynb #30-041
+# %% ../nbs/30_series.ipynb #30-042
 def read_series(
     images: pd.DataFrame,  # of a survey, those of the series in order
     about,  # its row of the survey's table, as a named tuple

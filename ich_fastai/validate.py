@@ -56,7 +56,7 @@ def check_overlap(
         cohort = read_stage(run_dir, "cohort.parquet")
         uids = pd.concat([cohort["SOPInstanceUID"], cohort["StudyInstanceUID"]])
         pairs = {"slices or studies": ([*dataset.labels.index, *dataset.studies], uids)}
-        if {dataset.facts.name, card.get("trained_on", "")} <= {"folder", "rsna", "phantom", ""}:  # elsewhere: numbers
+        if {dataset.facts.name, card.get("trained_on", "")} <= {"folder", "rsna", "phantom", ""}:  # others just count
             pairs["patients, by PatientID,"] = dataset.labels["PatientID"], cohort["PatientID"]
         for kind, (here, seen) in pairs.items():
             if both := sorted(({*here} & {*seen}) - {""}):

@@ -22,16 +22,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ich_fastai.core import (
-    InputError,
-    data_note,
-    format_table,
-    name_window,
-    read_stage,
-    save_captioned,
-    save_table,
-    write_file,
-)
+from .core import InputError, data_note, format_table, name_window
+from .core import read_stage, save_captioned, save_table, write_file
 from .labels import LABELS, LABEL_COLORS, find_dataset
 from .dicom import WINDOWS, plot_row, window
 from .model import Model, load_model
@@ -331,6 +323,6 @@ def view_held_out(
     done["page"] = "viewer/" + done["page"] + ".html"
     save_table(done, run_dir / "tables" / "viewer.csv")
     caption = "The slice of each study with the largest probability of any hemorrhage; that, and the study's. "
-    caption += f"{name_window('brain').capitalize()}."
+    caption += f"Seen through the {name_window('brain')}."
     save_captioned({"viewer.png": (plot_row(pictures), caption)}, run_dir, note)
     return done

@@ -226,6 +226,7 @@ def test_held_out_studies_are_found_without_a_study_uid(trained, tmp_path):
     rows["StudyInstanceUID"] = "no StudyInstanceUID: " + rows["PatientID"]
     save_table(rows, run / "predictions.parquet")
     assert len(predict_held_out(run, tiny_phantom())) and len(view_held_out(run, tiny_phantom()))
+    assert "brain window (40, 80) HU" in (run / "tables" / "captions.csv").read_text()
 
 
 def test_a_series_that_is_asked_for_is_the_answer(trained, export, tmp_path, capsys):
